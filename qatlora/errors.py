@@ -1,0 +1,52 @@
+"""Errors that a person can act on: one base class, one subclass per cause.
+
+Every message names the value found, the rule it breaks and the remedy, in one paragraph.
+`__main__` prints it without a traceback and exits with the class's `exit_code`;
+`QATLORA_TRACEBACK=1` shows the traceback as well.
+"""
+
+
+class QatloraError(Exception):
+    """Base of all errors that qatlora raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(QatloraError):
+    """A setting is unknown, missing or contradicts another one."""
+
+    exit_code = 2
+
+
+class CheckpointError(QatloraError):
+    """A base checkpoint is missing, broken, or of a kind that cannot be used."""
+
+
+class GridError(QatloraError):
+    """A tensor cannot be expressed as Q4_0 blocks."""
+
+
+class AdapterError(QatloraError):
+    """An adapter does not fit its base, its settings or its identity file."""
+
+
+class DataError(QatloraError):
+    """Training or evaluation data is malformed; the message names file and line."""
+
+
+class ResourceError(QatloraError):
+    """Memory, disk or time would not suffice; found by the preflight."""
+
+
+class ToolError(QatloraError):
+    """A registry package or a tool of llama.cpp is missing or failed."""
+
+
+class ExportError(QatloraError):
+    """Writing or reading back a candidate failed."""
+
+
+class GuardFailed(QatloraError):
+    """A gate stopped the export; nothing was published."""
+
+    exit_code = 3
