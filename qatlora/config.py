@@ -1,0 +1,542 @@
+"""The schema of every setting: what Hydra checks types against and what the rooms receive.
+
+`conf/config.yaml` starts from `RootConfig`, so an unknown key or a value of the wrong type fails
+while Hydra composes. `to_dataclasses` turns the composed config into plain dataclass objects and
+`validate` checks what types cannot express. Units stand in the names; enums are matched by NAME.
+Nothing here imports torch: `--help` and a typo must be answered at once.
+"""
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qatlora.errors import ConfigError
+
+STAGES = (
+    "preflight",
+    "load_base",
+    "load_data",
+    "attach",
+    "evaluate_base",
+    "train",
+    "save_adapter",
+    "evaluate_trained",
+    "write_candidate",
+    "guard",
+    "publish",
+    "report",
+)
+"""Names of the pipeline's stages, in the only order in which they can run."""
+
+
+class Storage(Enum):
+    """How the base's trained layers are held in memory."""
+
+    nf4 = "nf4"
+    q4_0 = "q4_0"
+    bf16 = "bf16"
+
+
+class AdapterKind(Enum):
+    """What the adapter changes: the levels (lora), the steps, or both."""
+
+    lora = "lora"
+    steps = "steps"
+    both = "both"
+
+
+class Rounding(Enum):
+    """Steps of the merged weight: the base's (frozen) or llama.cpp's rule (reference)."""
+
+    frozen = "frozen"
+    reference = "reference"
+
+
+class Dither(Enum):
+    """Seeded dither of the levels; auto: where the base lies on a grid."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Precision(Enum):
+    """Arithmetic of the matrix products; auto: bf16 where the device is faster with it."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class DataKind(Enum):
+    """Where the conversations come from."""
+
+    chitchat = "chitchat"
+    jsonl = "jsonl"
+
+
+class TeacherKind(Enum):
+    """Whose output probabilities the student is held to."""
+
+    bf16 = "bf16"
+    none = "none"
+
+
+class LrScheduler(Enum):
+    """Course of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class OtherType(Enum):
+    """GGUF type of the tensors that are not Q4_0 (norms stay F32)."""
+
+    q8_0 = "q8_0"
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+class ReportTo(Enum):
+    """Where the training log goes besides the run folder's own JSONL."""
+
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+@dataclass
+class CardConfig:
+    """Header card of a recipe: one sentence each, shown by --help and in the docs."""
+
+    purpose: str = ""
+    hardware: str = ""
+    time: str = ""
+    expect: str = ""
+
+
+@dataclass
+class BaseConfig:
+    """The checkpoint that is fine-tuned; exactly one of embedded, path and hub_id is in force.
+
+    A path wins over an embedded base, so `base.path=DIR` needs no other key.
+    """
+
+    name: str | None = None
+    """Short name for reports and file names; null: made from the source."""
+    embedded: str | None = None
+    """Base inside a registry package: gemma3_270m or smollm2_135m."""
+    path: str | None = None
+    """HF checkpoint folder or GGUF file."""
+    hub_id: str | None = None
+    """Model id on the Hugging Face hub."""
+    chat_template: str | None = None
+    """Name of a shipped template or a Jinja file; null: the checkpoint's own."""
+    trained: list[str] | None = None
+    """Regular expressions of the trained modules' names; null: the architecture's list."""
+
+
+@dataclass
+class StorageConfig:
+    """Storage of the trained layers in memory."""
+
+    kind: Storage = Storage.nf4
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained, and by which rule it reaches the grid."""
+
+    kind: AdapterKind = AdapterKind.lora
+    rank: int = 16
+    alpha: float = 32.0
+    """The low-rank product is scaled by alpha / rank."""
+    steps_rank: int | None = None
+    """Rank of the steps' factors; null: the same as rank."""
+    rounding: Rounding = Rounding.frozen
+    dither: Dither = Dither.auto
+    path: str | None = None
+    """Folder of a saved adapter, loaded instead of a fresh one."""
+
+
+@dataclass
+class DataConfig:
+    """Conversations to learn, general text to keep, and what is held out of both."""
+
+    kind: DataKind = DataKind.chitchat
+    path: str | None = None
+    """JSONL file with one {"messages": [...]} per line, for kind jsonl."""
+    system_prompt: str | None = None
+    """System turn put before every conversation that has none."""
+    general: str = "wiki"
+    """General text: wiki (embedded) or a text file, one document per paragraph."""
+    max_length_tokens: int = 256
+    eval_rows: int = 64
+    """Conversations held out of training at most, for evaluation and prompts."""
+    eval_tokens: int = 4096
+    """Scored tokens of each held-out text at most."""
+    replay_rows_per_step: int = 1
+    """Rows of general text that go with each optimizer step, for its KL term."""
+    num_prompts: int = 3
+    """Held-out user turns answered before and after training."""
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher and the weights of the three loss terms (each a mean in nats per token)."""
+
+    kind: TeacherKind = TeacherKind.bf16
+    path: str | None = None
+    """Another checkpoint as the teacher; null: the base's own bf16 weights."""
+    ce_weight: float = 1.0
+    """Cross-entropy on the assistant's tokens."""
+    kl_weight: float = 0.1
+    """Forward KL to the teacher on the same tokens."""
+    general_kl_weight: float = 1.0
+    """Forward KL to the teacher on the replayed general text."""
+    temperature: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer's course; rows are packed or single conversations of max_length_tokens."""
+
+    max_steps: int = 40
+    learning_rate: float = 1e-3
+    """Peak rate of the low-rank factors of the levels."""
+    steps_learning_rate: float = 1e-2
+    """Peak rate of the low-rank factors of the steps."""
+    lr_scheduler: LrScheduler = LrScheduler.cosine
+    warmup_ratio: float = 0.1
+    """Share of max_steps in which the rate rises from zero."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    rows_per_step: int = 2
+    """Conversations per optimizer step, over all micro-batches and processes."""
+    micro_batch_rows: int = 2
+    """Conversations per forward pass; divides rows_per_step."""
+    gradient_checkpointing: bool = False
+    save_steps: int = 20
+    """Optimizer steps between two checkpoints."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = Precision.auto
+
+
+@dataclass
+class EvaluateConfig:
+    """How perplexity, KLD and the sample answers are computed."""
+
+    tokens_per_chunk: int = 256
+    """Tokens whose full-vocabulary logits are in memory at the same time."""
+    logits_precision: Precision = Precision.auto
+    """Arithmetic of the lm_head product; the softmax is always fp32."""
+    sample_max_new_tokens: int = 48
+
+
+@dataclass
+class GuardConfig:
+    """Limits of the gates; see conf/guard/default.yaml for what each one means."""
+
+    identity_max_differing_blocks: int = 0
+    roundtrip_kld_mean_max_nats: float = 1e-3
+    roundtrip_kld_p99_max_nats: float = 1e-2
+    roundtrip_same_top_min_share: float = 0.99
+    require_effect: bool = True
+    effect_min_standard_errors: float = 2.0
+    drift_kld_increase_max_nats: float = 0.15
+    llama_cpp: bool = True
+    """Judge the file in llama.cpp itself where its tools are installed."""
+    override: str | None = None
+    """Reason to publish although a gate failed; stamped into the GGUF."""
+
+
+@dataclass
+class ExportConfig:
+    """The file that is published."""
+
+    gguf: bool = True
+    file_name: str | None = None
+    """Name inside the run folder; null: made from the base's name."""
+    other_type: OtherType = OtherType.q8_0
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and where it is logged."""
+
+    report_to: ReportTo = ReportTo.none
+    project: str = "qatlora"
+    """Project name for wandb."""
+    log_steps: int = 1
+    """Optimizer steps between two lines of the log."""
+    progress_bars: bool = True
+
+
+@dataclass
+class RootConfig:
+    """All settings of one run; a room receives its own part, never this."""
+
+    stages: list[str] = field(default_factory=list)
+    """Stages of the recipe, a subsequence of STAGES."""
+    card: CardConfig = field(default_factory=CardConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+    run_dir: str = "runs"
+    """Folder of everything the run writes."""
+
+
+_MINIMA = {
+    "adapter.rank": 1,
+    "data.max_length_tokens": 8,
+    "data.eval_rows": 1,
+    "data.eval_tokens": 1,
+    "data.replay_rows_per_step": 0,
+    "data.num_prompts": 0,
+    "train.max_steps": 1,
+    "train.rows_per_step": 1,
+    "train.micro_batch_rows": 1,
+    "train.save_steps": 1,
+    "evaluate.tokens_per_chunk": 1,
+    "evaluate.sample_max_new_tokens": 1,
+    "guard.identity_max_differing_blocks": 0,
+    "guard.effect_min_standard_errors": 0,
+    "guard.roundtrip_kld_mean_max_nats": 0,
+    "guard.roundtrip_kld_p99_max_nats": 0,
+    "guard.roundtrip_same_top_min_share": 0,
+    "logging.log_steps": 1,
+    "seed": 0,
+    "teacher.ce_weight": 0,
+    "teacher.kl_weight": 0,
+    "teacher.general_kl_weight": 0,
+    "train.warmup_ratio": 0,
+    "train.weight_decay": 0,
+}
+_POSITIVE = (
+    "adapter.alpha",
+    "teacher.temperature",
+    "train.learning_rate",
+    "train.steps_learning_rate",
+    "train.max_grad_norm",
+)
+
+
+def to_dataclasses(cfg: DictConfig) -> RootConfig:
+    """Resolve the composed config into dataclass objects and settle which base is meant.
+
+    Raises:
+        ConfigError: An interpolation or a mandatory value is missing.
+    """
+    try:
+        root = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}. Set {error.full_key}=VALUE.") from error
+    if not isinstance(root, RootConfig):
+        raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")
+    _settle_base(root.base)
+    return root
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    proposal = f"; did you mean {near[0]}?" if near else "."
+    return f"the choices are {', '.join(choices)}{proposal}"
+
+
+def validate(cfg: RootConfig) -> None:
+    """Check the rules that types cannot express, before any long work.
+
+    Raises:
+        ConfigError: A value breaks a rule; the message names value, rule and remedy.
+    """
+    _check_stages(cfg.stages)
+    _check_numbers(cfg)
+    _check_base(cfg.base)
+    _check_adapter(cfg)
+    _check_data(cfg)
+    _check_losses(cfg)
+    _check_train(cfg.train)
+    _check_export(cfg.export)
+
+
+def _settle_base(base: BaseConfig) -> None:
+    """Let a path or hub id displace the default embedded base, and name what has no name."""
+    if base.path or base.hub_id:
+        if base.name == base.embedded:
+            base.name = None
+        base.embedded = None
+    if base.name is None:
+        source = base.embedded or base.path or base.hub_id or "base"
+        base.name = re.sub(r"\.gguf$", "", Path(source).name, flags=re.IGNORECASE)
+
+
+def _check_stages(stages: list[str]) -> None:
+    if not stages:
+        raise ConfigError(
+            "stages is empty: a run is made of the stages that its recipe lists. "
+            "Choose one with recipe=NAME; --help lists the recipes."
+        )
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(f"stages: {stage!r} is no stage; {closest(stage, STAGES)}")
+    if stages != [stage for stage in STAGES if stage in stages]:
+        raise ConfigError(
+            f"stages={stages}: stages run once each and only in the order {', '.join(STAGES)}. "
+            "Reorder the list in the recipe."
+        )
+    if "publish" in stages and not {"write_candidate", "guard"} <= set(stages):
+        raise ConfigError(
+            f"stages={stages}: publish needs a candidate that has passed the guard. "
+            "Add write_candidate and guard before it."
+        )
+
+
+def _check_numbers(cfg: RootConfig) -> None:
+    for key, minimum in _MINIMA.items():
+        value = operator.attrgetter(key)(cfg)
+        if not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(f"{key}={value}: must be at least {minimum}. Set {key} higher.")
+    for key in _POSITIVE:
+        value = operator.attrgetter(key)(cfg)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{key}={value}: must be greater than 0. Set {key} higher.")
+
+
+def _check_base(base: BaseConfig) -> None:
+    if base.path and base.hub_id:
+        raise ConfigError(
+            f"base.path={base.path} and base.hub_id={base.hub_id}: a run has one base. "
+            "Give only one of the two keys."
+        )
+    if not (base.path or base.hub_id or base.embedded):
+        raise ConfigError(
+            "base.path is empty: a run needs a base. Give base.path=FOLDER (a Hugging Face "
+            "checkpoint) or base.path=FILE.gguf, or an embedded one, base=gemma3_270m."
+        )
+    if base.path and not Path(base.path).expanduser().exists():
+        raise ConfigError(
+            f"base.path={base.path}: no such file or folder (looked from {Path.cwd()}). "
+            "Give the folder of a Hugging Face checkpoint or a GGUF file."
+        )
+    for pattern in base.trained or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"base.trained: {pattern!r} is no regular expression ({error}). Correct it, or "
+                "leave base.trained=null for the architecture's own list."
+            ) from error
+
+
+def _check_adapter(cfg: RootConfig) -> None:
+    adapter = cfg.adapter
+    if adapter.rounding is Rounding.reference and adapter.kind is not AdapterKind.lora:
+        raise ConfigError(
+            f"adapter.rounding=reference with adapter.kind={adapter.kind.name}: llama.cpp's rule "
+            "chooses the steps itself, so nothing may train them. Use adapter=lora, or "
+            "adapter.rounding=frozen."
+        )
+    if adapter.steps_rank is not None and adapter.steps_rank < 1:
+        raise ConfigError(
+            f"adapter.steps_rank={adapter.steps_rank}: must be at least 1. Raise it, or give "
+            "null for the same rank as adapter.rank."
+        )
+    if adapter.path is None and "write_candidate" in cfg.stages and "train" not in cfg.stages:
+        raise ConfigError(
+            "adapter.path is empty: this recipe exports a saved adapter and trains none. "
+            "Give adapter.path=RUN_FOLDER/adapter."
+        )
+    if adapter.path is not None:
+        config_file = Path(adapter.path).expanduser() / "adapter_config.json"
+        if not config_file.is_file():
+            raise ConfigError(
+                f"adapter.path={adapter.path}: there is no {config_file.name} in it (looked from "
+                f"{Path.cwd()}). Give the adapter folder of a finished run."
+            )
+
+
+def _check_data(cfg: RootConfig) -> None:
+    data = cfg.data
+    if data.kind is DataKind.jsonl:
+        if data.path is None:
+            raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
+        if not Path(data.path).expanduser().is_file():
+            raise ConfigError(
+                f"data.path={data.path}: no such file (looked from {Path.cwd()}). Give a JSONL "
+                'file with one {"messages": [...]} per line.'
+            )
+    elif data.path is not None:
+        raise ConfigError(
+            f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
+            "and reads no file. Add data=jsonl, or leave data.path out."
+        )
+    if cfg.teacher.general_kl_weight > 0 and data.replay_rows_per_step == 0:
+        raise ConfigError(
+            f"data.replay_rows_per_step=0 with teacher.general_kl_weight="
+            f"{cfg.teacher.general_kl_weight}: that term is computed on replayed rows. Raise "
+            "data.replay_rows_per_step, or set teacher.general_kl_weight=0."
+        )
+
+
+def _check_losses(cfg: RootConfig) -> None:
+    teacher = cfg.teacher
+    kl_weight = max(teacher.kl_weight, teacher.general_kl_weight)
+    if teacher.kind is TeacherKind.none and kl_weight > 0:
+        raise ConfigError(
+            f"teacher.kind=none with teacher.kl_weight={teacher.kl_weight} and "
+            f"teacher.general_kl_weight={teacher.general_kl_weight}: both terms need a teacher. "
+            "Set both to 0, or use teacher=bf16."
+        )
+    if "train" in cfg.stages and max(kl_weight, teacher.ce_weight) == 0:
+        raise ConfigError(
+            "teacher.ce_weight, kl_weight and general_kl_weight are all 0: nothing would be "
+            "trained. Set at least one of them above 0."
+        )
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.rows_per_step % train.micro_batch_rows:
+        raise ConfigError(
+            f"train.micro_batch_rows={train.micro_batch_rows}: must divide train.rows_per_step="
+            f"{train.rows_per_step}. Change one of the two."
+        )
+    if train.warmup_ratio >= 1:
+        raise ConfigError(
+            f"train.warmup_ratio={train.warmup_ratio}: a share of train.max_steps, below 1. "
+            "Set it lower."
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
+        raise ConfigError(f"train.device={train.device}: must be auto, cpu, cuda or cuda:N.")
+
+
+def _check_export(export: ExportConfig) -> None:
+    name = export.file_name
+    if name is not None and (Path(name).name != name or not name.endswith(".gguf")):
+        raise ConfigError(
+            f"export.file_name={name}: a file name inside the run folder that ends in .gguf. "
+            "Give a plain name; the folder is set by run_dir."
+        )
