@@ -1,0 +1,56 @@
+"""What the data room hands on: token rows, held-out texts and the batches of a whole run."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+IGNORED = -100
+"""Label of a token that is neither trained nor scored (the convention of torch and transformers)."""
+
+Source = Literal["chat", "general"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of tokens.
+
+    Attributes:
+        input_ids: token ids, unpadded.
+        labels: as long as `input_ids`; `labels[i]` is the token AT position i, or `IGNORED`. The
+            shift by one position happens in the loss.
+        source: "chat" (loss on the assistant's tokens) or "general" (loss on every token).
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    source: Source
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Labels that a causal model can be scored on: position 0 has nothing before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text for evaluation; none of its rows is ever trained on."""
+
+    name: Literal["task", "general"]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The data of a run.
+
+    Attributes:
+        train: `max_steps * rows_per_step` rows in the order of training; every consecutive group
+            of `rows_per_step` holds the same number of general rows. They must not be reshuffled.
+        texts: the held-out texts, "task" first.
+        prompts: conversations that end with a user turn and do not occur in `train`.
+        notes: counts, shares, licences and sources for the report; JSON values only.
+    """
+
+    train: list[Row]
+    texts: list[Text]
+    prompts: list[list[dict[str, str]]]
+    notes: dict[str, Any]
