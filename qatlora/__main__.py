@@ -1,0 +1,246 @@
+"""`python -m qatlora recipe=NAME [KEY=VALUE ...]`: compose the settings, run the pipeline.
+
+Hydra composes `conf/config.yaml`, one file per group and the recipe; the result is checked against
+`qatlora.config` before anything slow is imported. Whatever goes wrong on purpose (`QatloraError`,
+a typo in a key, a full disk) ends in one paragraph on stderr and an exit code; the traceback is
+shown only with QATLORA_TRACEBACK=1.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from qatlora.config import RootConfig, to_dataclasses
+from qatlora.config_rules import closest, validate
+from qatlora.errors import ConfigError, QatloraError
+from qatlora.paths import shipped
+
+_TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
+_INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
+_ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+_QUIET = {
+    "BITSANDBYTES_NOWELCOME": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # else it warns whenever a tool is started
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+_CHATTY_LOGGERS = (
+    "bitsandbytes.backends.cpu.ops",  # offers a kernel from the hub at the first CPU forward
+    "filelock",
+    "httpx",
+    "torch.distributed.elastic.multiprocessing.redirects",
+)
+
+_HELP = """\
+Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
+       python -m qatlora -m recipe=NAME adapter.rank=8,16      (a sweep)
+
+Recipes (recipe=NAME):
+{recipes}
+
+Groups (GROUP=CHOICE), each choice a file of conf/GROUP:
+{groups}
+
+Keys often set: base.path, data.path, adapter.path, adapter.rank, train.max_steps,
+train.learning_rate, seed, run_dir. All of them with their values:
+  python -m qatlora recipe=NAME --cfg job
+Hydra's own flags: --hydra-help."""
+
+
+def main() -> None:
+    """Run one recipe, or a sweep of it; always ends in `SystemExit` when something failed."""
+    _quiet_libraries()
+    arguments = sys.argv[1:]
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(_help())
+            return
+        _register(shipped("recipes"))
+        _check_choices_are_named(arguments)
+        _run_hydra()
+    except KeyboardInterrupt:
+        _fail("Interrupted; what was written before stays in the run folder.", _INTERRUPTED)
+    except Exception as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        _fail(*explained)
+
+
+def _quiet_libraries() -> None:
+    """The one place that silences other libraries; their warnings still come through."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hydra").setLevel(logging.INFO)  # the runs of a sweep as they start
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _register(recipes: Path) -> None:
+    """Make the schema and each file of `recipes` known to Hydra.
+
+    Hydra looks for a group in a folder of the same name below conf/; the store is its other way.
+    """
+    store = ConfigStore.instance()
+    store.store(name="root_schema", node=RootConfig)
+    for path in sorted(recipes.glob("*.yaml")):
+        node = OmegaConf.load(path)
+        store.store(group="recipe", name=path.stem, node=node, package="_global_")
+
+
+def _check_choices_are_named(arguments: Sequence[str]) -> None:
+    """Refuse a missing recipe and `GROUP=null`, which Hydra answers with a traceback."""
+    for group, choices in {"recipe": _recipe_names(), **_group_choices()}.items():
+        if f"{group}=null" in arguments:
+            raise ConfigError(f"{group}=null: a run needs one; {closest('', choices)}")
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    runs = flags <= {"-m", "--multirun", "-r", "--run"}
+    if runs and not any(argument.startswith("recipe=") for argument in arguments):
+        raise ConfigError(
+            f"No recipe: a run needs recipe=NAME; {closest('', _recipe_names())} "
+            "python -m qatlora --help says what each does."
+        )
+
+
+def _run_hydra() -> None:
+    """Let Hydra parse the command line and call the pipeline once, or once per job of a sweep."""
+    # Hydra prints errors its own way unless told to let them through to main().
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[QatloraError | OSError] = []
+
+    def task(cfg: DictConfig) -> None:
+        _quiet_libraries()  # a launcher may have moved the job into a process of its own
+        try:
+            _run_pipeline(cfg)
+        except (QatloraError, OSError) as error:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                failures.append(error)  # raised by Hydra it would print a line of its own
+                return
+            _report_failed_job(error)
+            raise
+
+    conf = str(shipped("conf"))
+    hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
+    if failures:
+        raise failures[0]
+
+
+def _run_pipeline(cfg: DictConfig) -> None:
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        cfg.run_dir = str(output_dir)  # of a sweep: the job's own folder
+        settings = to_dataclasses(cfg)
+        validate(settings)
+    except ConfigError:
+        with contextlib.suppress(OSError):
+            output_dir.rmdir()  # Hydra makes it before it calls us; a typo should leave nothing
+        raise
+    from qatlora import pipeline  # imports torch: only for a run that will take place
+
+    pipeline.run(settings)
+
+
+def _report_failed_job(error: QatloraError | OSError) -> None:
+    job = HydraConfig.get().job
+    explained = _explain(error)
+    if explained is not None:
+        print(f"run {job.num} ({job.override_dirname}): {explained[0]}", file=sys.stderr)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    if os.environ.get(_TRACEBACK_VARIABLE) == "1":
+        traceback.print_exc()
+    print(f"qatlora: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Message of one paragraph and exit code, or None where only a traceback will do."""
+    if isinstance(error, QatloraError):
+        return _one_paragraph(str(error)), error.exit_code
+    if isinstance(error, HydraException):
+        return _explain_composition(error), ConfigError.exit_code
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+        return (
+            f"{error}. Free some space or grant access, or write elsewhere with run_dir=FOLDER "
+            "and QATLORA_CACHE=FOLDER."
+        ), QatloraError.exit_code
+    return None
+
+
+def _explain_composition(error: HydraException) -> str:
+    """What Hydra could not compose: the key, what it may be, and the nearest of that."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: no such {group}; {closest(choice, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not understood: settings are given as KEY=VALUE. " + (
+            "Quote a value that holds spaces, commas or brackets, as in 'run_dir=\"my run\"'."
+        )
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        parent, _, key = cause.full_key.rpartition(".")
+        section = f" in {parent}" if parent else ""
+        choices = closest(key, _keys_of(parent))
+        return f"{cause.full_key}: there is no setting {key!r}{section}; {choices}"
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return f"{cause.full_key}: {_one_paragraph(str(cause.msg or cause).splitlines()[0])}."
+    return _one_paragraph(str(error))
+
+
+def _keys_of(parent: str) -> list[str]:
+    schema = OmegaConf.structured(RootConfig)
+    node = OmegaConf.select(schema, parent) if parent else schema
+    return [str(key) for key in node] + ([] if parent else ["recipe"])
+
+
+def _one_paragraph(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _recipe_names() -> list[str]:
+    return [path.stem for path in sorted(shipped("recipes").glob("*.yaml"))]
+
+
+def _group_choices() -> dict[str, list[str]]:
+    folders = sorted(folder for folder in shipped("conf").iterdir() if folder.is_dir())
+    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+
+
+def _help() -> str:
+    """The recipes with their purposes, the groups with their choices, and the common keys."""
+    recipes = {name: _card_purpose(name) for name in _recipe_names()}
+    groups = {group: ", ".join(choices) for group, choices in _group_choices().items()}
+    return _HELP.format(recipes=_two_columns(recipes), groups=_two_columns(groups))
+
+
+def _card_purpose(recipe: str) -> str:
+    node = OmegaConf.load(shipped("recipes") / f"{recipe}.yaml")
+    return str(OmegaConf.select(node, "card.purpose", default=""))
+
+
+def _two_columns(rows: dict[str, str]) -> str:
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+if __name__ == "__main__":
+    main()

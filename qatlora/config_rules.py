@@ -1,0 +1,230 @@
+"""The rules that a config's types cannot express, checked before any long work.
+
+Each check raises `ConfigError` with the value found, the rule it breaks and the remedy.
+"""
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from qatlora.config import (
+    STAGES,
+    AdapterKind,
+    BaseConfig,
+    DataKind,
+    ExportConfig,
+    RootConfig,
+    Rounding,
+    TeacherKind,
+    TrainConfig,
+)
+from qatlora.errors import ConfigError
+
+_MINIMA = {
+    "adapter.rank": 1,
+    "data.max_length_tokens": 8,
+    "data.eval_rows": 1,
+    "data.eval_tokens": 1,
+    "data.replay_rows_per_step": 0,
+    "data.num_prompts": 0,
+    "train.max_steps": 1,
+    "train.rows_per_step": 1,
+    "train.micro_batch_rows": 1,
+    "train.save_steps": 1,
+    "evaluate.tokens_per_chunk": 1,
+    "evaluate.sample_max_new_tokens": 1,
+    "guard.identity_max_differing_blocks": 0,
+    "guard.effect_min_standard_errors": 0,
+    "guard.roundtrip_kld_mean_max_nats": 0,
+    "guard.roundtrip_kld_p99_max_nats": 0,
+    "guard.roundtrip_same_top_min_share": 0,
+    "logging.log_steps": 1,
+    "seed": 0,
+    "teacher.ce_weight": 0,
+    "teacher.kl_weight": 0,
+    "teacher.general_kl_weight": 0,
+    "train.warmup_ratio": 0,
+    "train.weight_decay": 0,
+}
+_POSITIVE = (
+    "adapter.alpha",
+    "teacher.temperature",
+    "train.learning_rate",
+    "train.steps_learning_rate",
+    "train.max_grad_norm",
+)
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    proposal = f"; did you mean {near[0]}?" if near else "."
+    return f"the choices are {', '.join(choices)}{proposal}"
+
+
+def validate(cfg: RootConfig) -> None:
+    """Check the rules that types cannot express, before any long work.
+
+    Raises:
+        ConfigError: A value breaks a rule; the message names value, rule and remedy.
+    """
+    _check_stages(cfg.stages)
+    _check_numbers(cfg)
+    _check_base(cfg.base)
+    _check_adapter(cfg)
+    _check_data(cfg)
+    _check_losses(cfg)
+    _check_train(cfg.train)
+    _check_export(cfg.export)
+
+
+def _check_stages(stages: list[str]) -> None:
+    if not stages:
+        raise ConfigError(
+            "stages is empty: a run is made of the stages that its recipe lists. "
+            "Choose one with recipe=NAME; --help lists the recipes."
+        )
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(f"stages: {stage!r} is no stage; {closest(stage, STAGES)}")
+    if stages != [stage for stage in STAGES if stage in stages]:
+        raise ConfigError(
+            f"stages={stages}: stages run once each and only in the order {', '.join(STAGES)}. "
+            "Reorder the list in the recipe."
+        )
+    if "publish" in stages and not {"write_candidate", "guard"} <= set(stages):
+        raise ConfigError(
+            f"stages={stages}: publish needs a candidate that has passed the guard. "
+            "Add write_candidate and guard before it."
+        )
+
+
+def _check_numbers(cfg: RootConfig) -> None:
+    for key, minimum in _MINIMA.items():
+        value = operator.attrgetter(key)(cfg)
+        if not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(f"{key}={value}: must be at least {minimum}. Set {key} higher.")
+    for key in _POSITIVE:
+        value = operator.attrgetter(key)(cfg)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{key}={value}: must be greater than 0. Set {key} higher.")
+
+
+def _check_base(base: BaseConfig) -> None:
+    if base.path and base.hub_id:
+        raise ConfigError(
+            f"base.path={base.path} and base.hub_id={base.hub_id}: a run has one base. "
+            "Give only one of the two keys."
+        )
+    if not (base.path or base.hub_id or base.embedded):
+        raise ConfigError(
+            "base.path is empty: a run needs a base. Give base.path=FOLDER (a Hugging Face "
+            "checkpoint) or base.path=FILE.gguf, or an embedded one, base=gemma3_270m."
+        )
+    if base.path and not Path(base.path).expanduser().exists():
+        raise ConfigError(
+            f"base.path={base.path}: no such file or folder (looked from {Path.cwd()}). "
+            "Give the folder of a Hugging Face checkpoint or a GGUF file."
+        )
+    for pattern in base.trained or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"base.trained: {pattern!r} is no regular expression ({error}). Correct it, or "
+                "leave base.trained=null for the architecture's own list."
+            ) from error
+
+
+def _check_adapter(cfg: RootConfig) -> None:
+    adapter = cfg.adapter
+    if adapter.rounding is Rounding.reference and adapter.kind is not AdapterKind.lora:
+        raise ConfigError(
+            f"adapter.rounding=reference with adapter.kind={adapter.kind.name}: llama.cpp's rule "
+            "chooses the steps itself, so nothing may train them. Use adapter=lora, or "
+            "adapter.rounding=frozen."
+        )
+    if adapter.steps_rank is not None and adapter.steps_rank < 1:
+        raise ConfigError(
+            f"adapter.steps_rank={adapter.steps_rank}: must be at least 1. Raise it, or give "
+            "null for the same rank as adapter.rank."
+        )
+    if adapter.path is None and "write_candidate" in cfg.stages and "train" not in cfg.stages:
+        raise ConfigError(
+            "adapter.path is empty: this recipe exports a saved adapter and trains none. "
+            "Give adapter.path=RUN_FOLDER/adapter."
+        )
+    if adapter.path is not None:
+        config_file = Path(adapter.path).expanduser() / "adapter_config.json"
+        if not config_file.is_file():
+            raise ConfigError(
+                f"adapter.path={adapter.path}: there is no {config_file.name} in it (looked from "
+                f"{Path.cwd()}). Give the adapter folder of a finished run."
+            )
+
+
+def _check_data(cfg: RootConfig) -> None:
+    data = cfg.data
+    if data.kind is DataKind.jsonl:
+        if data.path is None:
+            raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
+        if not Path(data.path).expanduser().is_file():
+            raise ConfigError(
+                f"data.path={data.path}: no such file (looked from {Path.cwd()}). Give a JSONL "
+                'file with one {"messages": [...]} per line.'
+            )
+    elif data.path is not None:
+        raise ConfigError(
+            f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
+            "and reads no file. Add data=jsonl, or leave data.path out."
+        )
+    if cfg.teacher.general_kl_weight > 0 and data.replay_rows_per_step == 0:
+        raise ConfigError(
+            f"data.replay_rows_per_step=0 with teacher.general_kl_weight="
+            f"{cfg.teacher.general_kl_weight}: that term is computed on replayed rows. Raise "
+            "data.replay_rows_per_step, or set teacher.general_kl_weight=0."
+        )
+
+
+def _check_losses(cfg: RootConfig) -> None:
+    teacher = cfg.teacher
+    kl_weight = max(teacher.kl_weight, teacher.general_kl_weight)
+    if teacher.kind is TeacherKind.none and kl_weight > 0:
+        raise ConfigError(
+            f"teacher.kind=none with teacher.kl_weight={teacher.kl_weight} and "
+            f"teacher.general_kl_weight={teacher.general_kl_weight}: both terms need a teacher. "
+            "Set both to 0, or use teacher=bf16."
+        )
+    if "train" in cfg.stages and max(kl_weight, teacher.ce_weight) == 0:
+        raise ConfigError(
+            "teacher.ce_weight, kl_weight and general_kl_weight are all 0: nothing would be "
+            "trained. Set at least one of them above 0."
+        )
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.rows_per_step % train.micro_batch_rows:
+        raise ConfigError(
+            f"train.micro_batch_rows={train.micro_batch_rows}: must divide train.rows_per_step="
+            f"{train.rows_per_step}. Change one of the two."
+        )
+    if train.warmup_ratio >= 1:
+        raise ConfigError(
+            f"train.warmup_ratio={train.warmup_ratio}: a share of train.max_steps, below 1. "
+            "Set it lower."
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
+        raise ConfigError(f"train.device={train.device}: must be auto, cpu, cuda or cuda:N.")
+
+
+def _check_export(export: ExportConfig) -> None:
+    name = export.file_name
+    if name is not None and (Path(name).name != name or not name.endswith(".gguf")):
+        raise ConfigError(
+            f"export.file_name={name}: a file name inside the run folder that ends in .gguf. "
+            "Give a plain name; the folder is set by run_dir."
+        )
