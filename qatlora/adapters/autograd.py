@@ -1,0 +1,133 @@
+"""The linear map y = x W^T with W = deployed weight, and its straight-through gradient.
+
+Only x and the adapter's parameters are kept for the backward pass: W is computed again there,
+because keeping it for every layer costs as much as the bf16 model (58 GB for 31B).
+
+With g = dL/dW = dY^T X [out, in] the straight-through gradients are
+
+    lora      d(B A)  = scale * g                    (rounding and clamp count as the identity)
+    steps     d(step') = sum over the block of g * level; d(B_s A_s) = d(step') * step
+    both      d(B A)  = scale * g * step' / step
+
+For `lora` alone g is never formed: dB = scale * dY^T (X A^T) and dA = scale * (dY B)^T X cost what
+LoRA costs. For the others g is formed in tiles of rows and reduced at once.
+In an all-zero block (step 0) nothing moves the weight, so its share of the gradient is taken out.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qatlora.adapters.deployed import deployed_dense, deployed_weight, moved_steps
+from qatlora.base.stores import reciprocal
+from qatlora.grid import BLOCK_SIZE, decode
+
+if TYPE_CHECKING:
+    from qatlora.adapters.layer import GridAdapter
+
+_TILE_WEIGHTS = 1 << 22
+
+
+class DeployedLinear(torch.autograd.Function):
+    """y = x W^T; x [..., in] in the compute dtype, parameters float32 or None."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        layer: "GridAdapter",
+        down: Tensor | None,
+        up: Tensor | None,
+        steps_down: Tensor | None,
+        steps_up: Tensor | None,
+    ) -> Tensor:
+        """Multiply by the deployed weight; keep x and the parameters."""
+        ctx.layer = layer
+        ctx.save_for_backward(x, down, up, steps_down, steps_up)
+        return x @ deployed_dense(layer, x.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, A, B, A_s, B_s."""
+        x, down, up, steps_down, steps_up = ctx.saved_tensors
+        layer: GridAdapter = ctx.layer
+        blocks = deployed_weight(layer)
+        grad_y = grad_y.to(x.dtype)
+        grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
+        x_flat, y_flat = x.flatten(0, -2), grad_y.flatten(0, -2)
+        if steps_down is not None:
+            grads = _dense_gradients(layer, blocks.levels, x_flat, y_flat, ctx.saved_tensors[1:])
+        elif down is not None:
+            grads = (*_lora_gradients(layer, x_flat, y_flat, down, up), None, None)
+        else:
+            grads = (None,) * 4
+        return (grad_x, None, *grads)
+
+
+def _lora_gradients(
+    layer: "GridAdapter", x: Tensor, grad_y: Tensor, down: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dA, dB in float32 at LoRA's cost; x [tokens, in], grad_y [tokens, out]."""
+    scale = layer.rule.scale
+    projected = x @ down.to(x.dtype).T
+    pulled = grad_y @ up.to(x.dtype)
+    grad_up = (grad_y.T @ projected).float().mul_(scale)
+    grad_down = (pulled.T @ x).float().mul_(scale)
+    zero_blocks = layer.get_base_layer().store.zero_blocks
+    if len(zero_blocks) and layer.rule.rounding == "frozen":
+        _remove_zero_blocks(zero_blocks, x, grad_y, (down, up), (grad_down, grad_up), scale)
+    return grad_down, grad_up
+
+
+def _remove_zero_blocks(
+    zero_blocks: Tensor,
+    x: Tensor,
+    grad_y: Tensor,
+    parameters: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    scale: float,
+) -> None:
+    """Subtract what the zero blocks [n, (row, column)] of g contributed to dA and dB, in place."""
+    rows, columns = zero_blocks.unbind(-1)
+    down, up = parameters
+    grad_down, grad_up = grads
+    x_blocks = x.unflatten(-1, (-1, BLOCK_SIZE)).float()
+    down_blocks = down.unflatten(-1, (-1, BLOCK_SIZE))
+    grad_down_blocks = grad_down.unflatten(-1, (-1, BLOCK_SIZE))
+    for column in columns.unique():
+        chosen = rows[columns == column]
+        g = scale * grad_y[:, chosen].float().T @ x_blocks[:, column]
+        grad_up.index_add_(0, chosen, -(g @ down_blocks[:, column].T))
+        grad_down_blocks[:, column] -= up[chosen].T @ g
+
+
+def _dense_gradients(
+    layer: "GridAdapter",
+    levels: Tensor,
+    x: Tensor,
+    grad_y: Tensor,
+    parameters: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """dA, dB, dA_s, dB_s in float32, from g in tiles of rows."""
+    down, up, steps_down, steps_up = parameters
+    assert steps_down is not None and steps_up is not None
+    steps = layer.get_base_layer().store.steps
+    moves_levels = down is not None and up is not None
+    grad_down = torch.zeros_like(down) if moves_levels else None
+    grad_up = torch.empty_like(up) if moves_levels else None
+    grad_factor = torch.empty(steps.shape, dtype=torch.float32, device=steps.device)
+    ratio = moved_steps(layer, steps).float() * reciprocal(steps) if moves_levels else None
+    tile_rows = max(1, _TILE_WEIGHTS // x.shape[-1])
+    for first in range(0, len(steps), tile_rows):
+        rows = slice(first, first + tile_rows)
+        g = (grad_y[:, rows].T @ x).float().unflatten(-1, (-1, BLOCK_SIZE))
+        tile_levels = levels[rows].unflatten(-1, (-1, BLOCK_SIZE))
+        grad_factor[rows] = (g * tile_levels).sum(-1) * steps[rows].float()
+        if moves_levels:
+            g = (g * (layer.rule.scale * ratio[rows]).unsqueeze(-1)).flatten(-2)
+            grad_up[rows] = g @ down.T
+            grad_down += up[rows].T @ g
+    return grad_down, grad_up, steps_up.T @ grad_factor, grad_factor @ steps_down.T

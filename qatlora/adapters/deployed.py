@@ -1,0 +1,149 @@
+"""The one function that defines a deployed weight, and the rule it follows.
+
+A deployed weight is ``step * level``. An adapter of kind
+
+    lora    moves the levels:  level = clamp(round(t0 + u + scale * (B A) / step), -8, 7)
+    steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
+    both    moves the levels by the base's steps, then the steps
+
+where t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a grid
+a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there is no
+dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
+
+Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qatlora.base.linear import GridLinear
+from qatlora.base.stores import reciprocal
+from qatlora.grid import (
+    BLOCK_SIZE,
+    Q4Blocks,
+    decode,
+    dither,
+    encode_reference,
+    nearest_levels,
+)
+
+if TYPE_CHECKING:
+    from qatlora.adapters.layer import GridAdapter
+
+_FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class AdapterRule:
+    """Everything besides the parameters that decides which blocks an adapter deploys.
+
+    Attributes:
+        kind: lora, steps or both.
+        rank: rank of the level delta B A.
+        alpha: its scale is alpha / rank.
+        steps_rank: rank of the step factor B_s A_s; its scale is 1.
+        rounding: frozen (the base's steps stay) or reference (llama.cpp's rule on the merged weight).
+        dither: whether on-grid layers are dithered.
+        seed: seed of the dither.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    steps_rank: int
+    rounding: str
+    dither: bool
+    seed: int
+
+    @property
+    def moves_levels(self) -> bool:
+        """True for lora and both."""
+        return self.kind in ("lora", "both")
+
+    @property
+    def moves_steps(self) -> bool:
+        """True for steps and both."""
+        return self.kind in ("steps", "both")
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / self.rank
+
+
+@torch.no_grad()
+def deployed_weight(layer: "GridLinear | GridAdapter") -> Q4Blocks:
+    """The model: what training multiplies by, the guard compares and the GGUF holds.
+
+    Args:
+        layer: a base layer, or an adapter over one (with disabled adapters: the base).
+
+    Returns:
+        steps float16 [out, in / 32] and levels int8 [out, in].
+    """
+    if isinstance(layer, GridLinear):
+        return layer.base_blocks()
+    base = layer.get_base_layer()
+    down, up = layer.parameters_of("lora_A"), layer.parameters_of("lora_B")
+    if down is None or up is None:
+        blocks = base.base_blocks()
+    elif layer.rule.rounding == "reference":
+        blocks = _merged_by_reference(base, layer.rule, down, up)
+    else:
+        blocks = _moved_levels(base, layer.rule, down, up)
+    return Q4Blocks(moved_steps(layer, blocks.steps), blocks.levels)
+
+
+def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
+    """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
+    dithered = rule.dither and base.store.on_grid
+    levels = []
+    for rows, latents in base.store.latent_tiles():
+        per_step = reciprocal(base.store.steps[rows]).unsqueeze(-1)
+        delta = low_rank(up[rows], down, rule.scale).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step)
+        moved = latents.add_(delta.flatten(-2))
+        if dithered:
+            moved += dither(
+                rule.seed, base.tensor_name, moved.shape, start_row=rows.start, device=moved.device
+            )
+        levels.append(nearest_levels(moved))
+    return Q4Blocks(base.store.steps, torch.cat(levels))
+
+
+def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
+    """llama.cpp's rule on base + delta, in float32; it chooses new steps."""
+    tiles = []
+    for rows, latents in base.store.latent_tiles():
+        wide_steps = base.store.steps[rows].float().unsqueeze(-1)
+        weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
+        tiles.append(encode_reference(weight.add_(low_rank(up[rows], down, rule.scale))))
+    return Q4Blocks(
+        torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
+    )
+
+
+def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
+    """The steps after the step adapter, float16; unchanged where there is none."""
+    down, up = layer.parameters_of("lora_steps_A"), layer.parameters_of("lora_steps_B")
+    if down is None or up is None:
+        return steps
+    factor = 1.0 + low_rank(up, down, 1.0)
+    return (steps.float() * factor).clamp_(-_FP16_MAX, _FP16_MAX).half()
+
+
+def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """scale * (up @ down), float32 [rows, width], the same on every machine.
+
+    The order of a float32 sum changes about half of the last bits and with them some codes, so the
+    sum runs in float64 and is rounded once: two orders then agree but for one value in 2^28.
+    """
+    with torch.autocast(up.device.type, enabled=False):
+        return (up.double() @ down.double()).mul_(scale).float()
+
+
+def deployed_dense(layer: "GridLinear | GridAdapter", dtype: torch.dtype) -> Tensor:
+    """The deployed weight as a dense matrix [out, in]."""
+    return decode(deployed_weight(layer), dtype)

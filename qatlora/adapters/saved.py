@@ -1,0 +1,143 @@
+"""Adapter folders: PEFT's layout plus an identity file, refused by plain PEFT and by another base.
+
+    adapter_config.json          peft_type QATLORA: plain PEFT knows no such type and stops, instead
+                                 of serving the adapter off the grid it was trained inside
+    adapter_model.safetensors    PEFT's names and tensors, float32
+    identity.json                the rule, the base's digest, the digests of the deployed tensors
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qatlora import files
+from qatlora.adapters.attach import AdaptedModel, attach
+from qatlora.adapters.deployed import AdapterRule
+from qatlora.base.load import LoadedBase
+from qatlora.errors import AdapterError
+
+GRID_VERSION = 1
+PEFT_TYPE = "QATLORA"
+_CONFIG, _WEIGHTS, _IDENTITY = "adapter_config.json", "adapter_model.safetensors", "identity.json"
+
+
+@dataclass(frozen=True)
+class AdapterIdentity:
+    """What an adapter belongs to and what it deploys.
+
+    Attributes:
+        grid_version: version of the numerics in `qatlora.grid` and `deployed_weight`.
+        rule: rounding, dither and seed among others.
+        base_name: for people.
+        base_storage: nf4, q4_0 or bf16; the latents differ between them.
+        base_digest: `LoadedBase.digest`.
+        trained: the modules in order.
+        deployed: tensor name -> SHA-256 of its packed blocks when training ended.
+    """
+
+    grid_version: int
+    rule: AdapterRule
+    base_name: str
+    base_storage: str
+    base_digest: str
+    trained: tuple[str, ...]
+    deployed: dict[str, str]
+
+
+def save_adapter(adapted: AdaptedModel, folder: Path) -> AdapterIdentity:
+    """Write the folder atomically; returns the identity with the digests of this moment."""
+    base = adapted.base
+    identity = AdapterIdentity(
+        grid_version=GRID_VERSION,
+        rule=adapted.rule,
+        base_name=base.name,
+        base_storage=base.storage,
+        base_digest=base.digest,
+        trained=base.trained,
+        deployed=adapted.deployed_digests(),
+    )
+    config = {
+        "peft_type": PEFT_TYPE,
+        "base_model_name_or_path": base.name,
+        "task_type": "CAUSAL_LM",
+        "r": adapted.rule.rank,
+        "lora_alpha": adapted.rule.alpha,
+        "target_modules": list(base.trained),
+    }
+    state = get_peft_model_state_dict(adapted.model)
+    with files.replacing_folder(folder) as partial:
+        files.write_json(partial / _CONFIG, config)
+        files.write_json(partial / _IDENTITY, dataclasses.asdict(identity))
+        save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial / _WEIGHTS)
+    return identity
+
+
+def read_identity(folder: Path) -> AdapterIdentity:
+    """Read and check the identity file, before anything long is loaded.
+
+    Raises:
+        AdapterError: the folder is no adapter of ours, or of another version of the grid.
+    """
+    for name in (_CONFIG, _WEIGHTS, _IDENTITY):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"adapter.path is '{folder}', which has no {name}. Give the folder 'adapter' of a "
+                "qatlora run; a plain LoRA of another tool was not trained inside the grid."
+            )
+    path = folder / _IDENTITY
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored["rule"] = AdapterRule(**stored["rule"])
+        stored["trained"] = tuple(stored["trained"])
+        identity = AdapterIdentity(**stored)
+    except (ValueError, TypeError, KeyError) as problem:
+        raise AdapterError(
+            f"{path} is no identity file of qatlora ({type(problem).__name__}: {problem}). It is "
+            "damaged or was edited: use the adapter folder as the run wrote it."
+        ) from None
+    if identity.grid_version != GRID_VERSION:
+        raise AdapterError(
+            f"{folder} was trained with grid version {identity.grid_version} and this qatlora has "
+            f"{GRID_VERSION}; the same adapter would deploy other weights. Use the qatlora that "
+            "trained it, or train again."
+        )
+    return identity
+
+
+def load_adapter(base: LoadedBase, folder: Path) -> tuple[AdaptedModel, AdapterIdentity]:
+    """Attach a saved adapter to the base it was trained on.
+
+    Raises:
+        AdapterError: another base (both digests are named), or damaged files.
+    """
+    identity = read_identity(folder)
+    if identity.base_digest != base.digest:
+        raise AdapterError(
+            f"The adapter in {folder} was trained on '{identity.base_name}' as "
+            f"{identity.base_storage} with digest {identity.base_digest}, and the base at hand is "
+            f"'{base.name}' as {base.storage} with digest {base.digest}: their steps or levels "
+            "differ, so the adapter would deploy other weights. Set base and storage as in its run."
+        )
+    adapted = attach(base, identity.rule)
+    path = folder / _WEIGHTS
+    try:
+        state = load_file(path)
+        result = set_peft_model_state_dict(adapted.model, state)
+    except (SafetensorError, RuntimeError, OSError) as problem:
+        raise AdapterError(
+            f"{path} cannot be loaded ({str(problem).splitlines()[0]}). It is damaged or belongs "
+            "to another adapter: use the folder as the run wrote it."
+        ) from None
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if result.unexpected_keys or missing:
+        raise AdapterError(
+            f"{path} does not fit its identity file: it lacks {missing[:2]} and has unknown "
+            f"{result.unexpected_keys[:2]}. Use the folder as the run wrote it."
+        )
+    return adapted, identity

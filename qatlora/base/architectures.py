@@ -1,0 +1,92 @@
+"""The three lists per architecture: which tensors are trained, stored in NF4, and Q4_0 in the GGUF.
+
+A name is the module's name in the loaded transformers model, without ``.weight``. The patterns are
+anchored at both ends, because a vision tower has layers with the same last names.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from qatlora.errors import CheckpointError
+
+_DECODER_LINEARS = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+@dataclass(frozen=True)
+class TensorLists:
+    """Patterns over full module names; `fullmatch` decides."""
+
+    trained: str
+    nf4: str
+    q4_0: str
+
+
+def _decoder_only(prefix: str) -> TensorLists:
+    pattern = rf"{prefix}layers\.\d+\.{_DECODER_LINEARS}"
+    return TensorLists(trained=pattern, nf4=pattern, q4_0=pattern)
+
+
+# Keyed by `model_type` of config.json.
+ARCHITECTURES: dict[str, TensorLists] = {
+    "gemma3_text": _decoder_only(r"model\."),
+    "gemma3": _decoder_only(r"model\.language_model\."),
+    "llama": _decoder_only(r"model\."),
+}
+
+
+def tensor_lists(model_type: str, trained: list[str] | None = None) -> TensorLists:
+    """The lists of an architecture; `trained` (regular expressions) replaces the trained list.
+
+    Raises:
+        CheckpointError: the architecture is unknown.
+    """
+    lists = ARCHITECTURES.get(model_type)
+    if lists is None:
+        raise CheckpointError(
+            f"The checkpoint's model_type is '{model_type}', and the tensor lists are known only for "
+            f"{', '.join(sorted(ARCHITECTURES))}. Use a checkpoint of one of these, or add the "
+            "architecture's lists to qatlora/base/architectures.py."
+        )
+    if not trained:
+        return lists
+    pattern = "|".join(f"(?:{one})" for one in trained)
+    return TensorLists(trained=pattern, nf4=lists.nf4, q4_0=f"{lists.q4_0}|{pattern}")
+
+
+def matching_linears(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the linear modules whose full name matches, in the model's order.
+
+    Raises:
+        CheckpointError: nothing matches, or the pattern is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as problem:
+        raise CheckpointError(
+            f"base.trained holds '{pattern}', which is no regular expression ({problem}). "
+            "Give patterns over full module names, such as 'model.layers.[0-9]+.mlp.up_proj'."
+        ) from None
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linears if compiled.fullmatch(name)]
+    if not names:
+        raise CheckpointError(
+            f"No linear module matches '{pattern}', so there would be nothing to train. The pattern "
+            f"must match a full module name; this model has, for example, {', '.join(linears[:3])}."
+        )
+    return names
+
+
+def require_block_width(name: str, in_features: int, block_size: int) -> None:
+    """Refuse a module whose rows cannot be cut into whole blocks.
+
+    Raises:
+        CheckpointError: `in_features` is no multiple of `block_size`.
+    """
+    if in_features % block_size:
+        raise CheckpointError(
+            f"{name} has {in_features} input features, and Q4_0 cuts every row into blocks of "
+            f"{block_size}: {in_features} is no multiple of it. Leave this module out with "
+            "base.trained, or use a checkpoint whose widths are multiples of 32."
+        )

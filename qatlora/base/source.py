@@ -1,0 +1,154 @@
+"""Where a base comes from: an embedded package, a HF folder, a GGUF file or a hub id -> a folder.
+
+Everything here is cheap: it looks at names, headers and config.json, so that a broken checkpoint
+is found before any weight is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qatlora.base.unpack import embedded_base, unpack_gguf
+from qatlora.config import BaseConfig
+from qatlora.errors import CheckpointError
+from qatlora.paths import cache_folder
+
+_NF4_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordinary HF checkpoint folder and what its headers say.
+
+    Attributes:
+        name: how people call this base.
+        folder: config.json, safetensors, tokenizer.
+        config: the parsed config.json.
+        files: tensor name -> safetensors file that holds it.
+        nf4_modules: modules stored as bitsandbytes NF4; empty for an ordinary checkpoint.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+    nf4_modules: frozenset[str]
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of config.json."""
+        return str(self.config["model_type"])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all safetensors files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: the checkpoint has no tensor of this name.
+        """
+        if name not in self.files:
+            raise CheckpointError(
+                f"{self.folder} has no tensor '{name}', which its config.json calls for. The folder "
+                "is incomplete or belongs to another model: download it again."
+            )
+        with safe_open(self.files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def find_source(settings: BaseConfig) -> Source:
+    """Resolve `base.*` to a checked folder; a GGUF is unpacked once into the cache.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, broken or of an unsupported kind.
+    """
+    folder = _folder_of(settings)
+    name = settings.name or folder.name
+    config = _read_config(folder)
+    files = dict(_tensor_files(folder))
+    nf4 = frozenset(key.removesuffix(_NF4_SUFFIX) for key in files if key.endswith(_NF4_SUFFIX))
+    return Source(name, folder, config, files, nf4)
+
+
+def _folder_of(settings: BaseConfig) -> Path:
+    if settings.path is None:
+        if settings.embedded:
+            return embedded_base(settings.embedded)
+        if settings.hub_id:
+            return _from_hub(settings.hub_id)
+        raise CheckpointError(
+            "No base was given: set base=NAME (a file of conf/base), base.path=DIR or base.hub_id."
+        )
+    path = Path(settings.path)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        status = path.stat()
+        identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        target = cache_folder() / "bases" / f"{path.stem}-{key}"
+        return target if target.is_dir() else unpack_gguf(path, target, None)
+    raise CheckpointError(
+        f"base.path is '{path}', which is neither a folder nor a .gguf file. Give the folder that "
+        "holds config.json and the safetensors files, or a GGUF of a Gemma 3 or Llama-shaped model."
+    )
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pt", "*.gguf", "original/*"]))
+    except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
+        raise CheckpointError(
+            f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "
+            f"{str(problem).splitlines()[0]}). Accept the model's terms and log in with 'hf auth "
+            "login', or download it elsewhere and give base.path=FOLDER."
+        ) from problem
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is no HF checkpoint. Give the folder that holds "
+            "config.json, model.safetensors and the tokenizer files."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(
+            f"{path} cannot be used ({type(problem).__name__}: {problem}): it must be a JSON object "
+            "with a model_type. Download the checkpoint again."
+        ) from None
+    return config
+
+
+def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield (tensor name, file) from the headers; a truncated file is found here."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file. Only safetensors are read (a pickle can run code): "
+            "convert the checkpoint with transformers' save_pretrained."
+        )
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield key, shard
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(
+                f"{shard} is no whole safetensors file ({problem}). It was probably cut off while "
+                "being copied: fetch it again."
+            ) from None

@@ -1,0 +1,180 @@
+"""How a trained layer's base is kept in memory: NF4, packed Q4_0, or bf16.
+
+Every store answers one question: the fp16 step of each block and the *latent* level of each
+weight, t0 = weight / step, in fp32. On a grid the latents are whole numbers; elsewhere they keep
+the fraction, which `deployed_weight` needs to know how far a weight is from the next level.
+
+Shapes: out x in is the layer's weight; blocks are 32 wide, so steps are [out, in / 32].
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from qatlora.grid import BLOCK_SIZE, Q4Blocks, nearest_levels, pack, unpack
+
+
+# Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over a
+# tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are better.
+_TILE_WEIGHTS = {"cpu": 1 << 18}
+_TILE_WEIGHTS_ELSEWHERE = 1 << 24
+
+RowReader = Callable[[slice], Tensor]
+
+
+class Store(nn.Module, ABC):
+    """Steps and latent levels of one layer's base.
+
+    Attributes:
+        steps: float16 [out, in / 32].
+        zero_blocks: int64 [n, 2], row and column of the blocks whose step is 0.
+        on_grid: whether the checkpoint's weights lie on this grid.
+    """
+
+    steps: Tensor
+    zero_blocks: Tensor
+
+    def __init__(self, steps: Tensor, *, on_grid: bool) -> None:
+        super().__init__()
+        self.register_buffer("steps", steps.contiguous(), persistent=False)
+        self.register_buffer("zero_blocks", torch.nonzero(steps == 0), persistent=False)
+        self.on_grid = on_grid
+
+    @abstractmethod
+    def _row_reader(self) -> RowReader:
+        """A function from a slice of rows to their latent levels, float32 [rows, in]."""
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """Width of a row."""
+
+    def latent_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, latent levels t0 of these rows, float32), tile by tile, in order.
+
+        The levels are whole numbers in -8..7 where `on_grid`. The tensor may be overwritten.
+        """
+        read = self._row_reader()
+        num_rows = self.steps.shape[0]
+        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
+        tile_rows = max(1, tile_weights // self.in_features)
+        for first in range(0, num_rows, tile_rows):
+            rows = slice(first, min(first + tile_rows, num_rows))
+            yield rows, read(rows)
+
+    def latents(self) -> Tensor:
+        """All latent levels at once, float32 [out, in]."""
+        return torch.cat([tile for _, tile in self.latent_tiles()])
+
+    @abstractmethod
+    def _stored(self) -> list[Tensor]:
+        """The tensors that, with the steps, determine the latents."""
+
+    def digest(self) -> str:
+        """Hex SHA-256 over the steps and whatever determines the latents."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.on_grid}".encode())
+        for tensor in (self.steps, *self._stored()):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Bf16Store(Store):
+    """The checkpoint's own bf16 weight beside its steps (16.5 bits per weight)."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, steps: Tensor, *, on_grid: bool) -> None:
+        super().__init__(steps, on_grid=on_grid)
+        self.register_buffer("weight", weight, persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[-1]
+
+    def _row_reader(self) -> RowReader:
+        return _reader(self.weight, self.steps, on_grid=self.on_grid)
+
+    def _stored(self) -> list[Tensor]:
+        return [self.weight]
+
+
+class Q4Store(Store):
+    """Packed codes and steps (4.5 bits per weight), exact on an on-grid base.
+
+    A latent base loses its fractions here, so what is stored is always on a grid.
+    """
+
+    packed: Tensor
+
+    def __init__(self, blocks: Q4Blocks) -> None:
+        super().__init__(blocks.steps, on_grid=True)
+        self.register_buffer("packed", pack(blocks), persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """Width of a row."""
+        return self.steps.shape[-1] * BLOCK_SIZE
+
+    def _row_reader(self) -> RowReader:
+        return lambda rows: unpack(self.packed[rows]).levels.float()
+
+    def _stored(self) -> list[Tensor]:
+        return [self.packed]
+
+
+class Nf4Store(Store):
+    """A bitsandbytes NF4 weight (double quant) and its source's steps (4.13 + 0.5 bits).
+
+    NF4 alone throws a grid away; snapped to the source's steps most levels come back.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, steps: Tensor, *, on_grid: bool) -> None:
+        """`weight` is the `Params4bit` of a loaded `Linear4bit`, with its quant_state."""
+        super().__init__(steps, on_grid=on_grid)
+        self.weight = weight
+
+    @property
+    def in_features(self) -> int:
+        """Width of a row."""
+        return self.steps.shape[-1] * BLOCK_SIZE
+
+    def _row_reader(self) -> RowReader:
+        return _reader(dequantized_nf4(self.weight), self.steps, on_grid=self.on_grid)
+
+    def _stored(self) -> list[Tensor]:
+        state = self.weight.quant_state
+        nested = [state.state2.absmax, state.offset.reshape(1)] if state.nested else []
+        return [self.weight.data, state.absmax, *nested]
+
+
+def dequantized_nf4(weight: Tensor) -> Tensor:
+    """Dequantize a `Params4bit`; returns [out, in] in the checkpoint's dtype."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _reader(weight: Tensor, steps: Tensor, *, on_grid: bool) -> RowReader:
+    return lambda rows: latents_of(weight[rows], steps[rows], on_grid=on_grid)
+
+
+def latents_of(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Tensor:
+    """Latent levels of a dense weight; float32 [out, in].
+
+    A block whose step is zero has latents of zero: it holds only zeros, and nothing moves them.
+    """
+    blocked = weight.float().unflatten(-1, (-1, BLOCK_SIZE))
+    latents = (blocked * reciprocal(steps).unsqueeze(-1)).flatten(-2)
+    return nearest_levels(latents).float() if on_grid else latents
+
+
+def reciprocal(steps: Tensor) -> Tensor:
+    """1 / step in float32, and 0 where the step is 0."""
+    wide = steps.float()
+    return torch.where(wide == 0, 0.0, 1.0 / wide)
