@@ -89,7 +89,6 @@ def _quiet_libraries() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("hydra").setLevel(logging.INFO)  # the runs of a sweep as they start
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -135,7 +134,10 @@ def _run_hydra() -> None:
                 failures.append(error)  # raised by Hydra it would print a line of its own
                 return
             _report_failed_job(error)
-            raise
+            raise QatloraError(
+                "At least one run of the sweep failed; its message stands above, and the other "
+                "runs took place."
+            ) from error
 
     conf = str(shipped("conf"))
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
