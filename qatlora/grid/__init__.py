@@ -1,0 +1,26 @@
+"""Q4_0: encode, decode, recover, search steps, dither, round. Needs torch alone."""
+
+from qatlora.grid.dither import dither
+from qatlora.grid.format import (
+    decode,
+    digest,
+    encode_reference,
+    nearest_levels,
+    pack,
+    unpack,
+)
+from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
+
+__all__ = [
+    "BLOCK_SIZE",
+    "LEVEL_MAX",
+    "LEVEL_MIN",
+    "Q4Blocks",
+    "decode",
+    "digest",
+    "dither",
+    "encode_reference",
+    "nearest_levels",
+    "pack",
+    "unpack",
+]

@@ -1,0 +1,103 @@
+"""Seeded dither: a uniform fraction in (-1/2, 1/2) for every weight, recomputed, never stored.
+
+On an on-grid base every latent is an integer, the middle of its cell, and a small change rounds
+away. Adding a fixed fraction u to the latent makes the expected level follow the change, while a
+zero change keeps the level exactly: u = (k + 1/2) / 2^16 - 1/2 with a 16-bit k, so |u| < 1/2.
+
+k comes from a counter, not from a generator with a state: the flat index of the weight in its
+tensor decides it, however the rows are tiled, on every device. Four neighbours share one 64-bit
+word, whose 16-bit parts are their k:
+
+    z = (key + index / 4) * G         Weyl sequence; the key is SHA-256 of seed and tensor name
+    z = (z ^ z >> 32) * M1
+    z = (z ^ z >> 32) * M2
+
+All arithmetic is int64 modulo 2^64. The shifts are arithmetic, as torch has no others for int64:
+the copied sign bits cost the state two of its 64 bits and save two operators that would mask them.
+This is no cryptographic generator; tests/grid/test_dither.py holds what we ask of it.
+
+Sources: S. Vigna's and G. Steele's splitmix64 (constants), and L. Roberts, "Picture coding using
+pseudo-random noise", 1962, for the dither itself.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qatlora.errors import GridError
+from qatlora.grid.types import BLOCK_SIZE
+
+PARTS_PER_WORD = 4
+PART_BITS = 16
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MULTIPLIER_2 = 0x94D049BB133111EB
+CPU_TILE_WORDS = 1 << 15
+DOMAIN = b"qatlora dither 1"
+
+
+def dither(
+    seed: int,
+    tensor_name: str,
+    shape: Sequence[int],
+    start_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the dither of some rows of a tensor.
+
+    Args:
+        seed: any integer; the run's seed.
+        tensor_name: the weight's full name; tensors of different name are independent.
+        shape: (rows, in) of the tile, or (..., in); ``in`` a multiple of 32.
+        start_row: where the tile begins in the tensor, in rows of ``in`` (leading dimensions
+            flattened).
+        device: where to compute.
+
+    Returns:
+        fp32 of the given shape, each value (k + 1/2) / 2^16 - 1/2 with k in 0..65535; exact in
+        fp32, and so is level + dither.
+
+    Raises:
+        GridError: the width is no multiple of 32.
+    """
+    if not shape or shape[-1] % BLOCK_SIZE:
+        raise GridError(
+            f"Dither was asked for shape {tuple(shape)}, but the last dimension must be a multiple "
+            f"of {BLOCK_SIZE}, as in every Q4_0 tensor; tile along rows only."
+        )
+    count = math.prod(shape)
+    first_word = start_row * shape[-1] // PARTS_PER_WORD
+    num_words = count // PARTS_PER_WORD
+    fractions = torch.empty(count, dtype=torch.float32, device=device)
+    # On a CPU tiles stay in the cache; elsewhere one launch per operator is best.
+    tile = CPU_TILE_WORDS if fractions.device.type == "cpu" else max(num_words, 1)
+    key = dither_key(seed, tensor_name)
+    ramp = torch.arange(min(tile, num_words), device=device).mul_(_signed(GOLDEN))
+    for start in range(0, num_words, tile):
+        stop = min(start + tile, num_words)
+        offset = _signed((key + first_word + start) * GOLDEN)
+        words = _mix(ramp[: stop - start] + offset)
+        out = fractions[start * PARTS_PER_WORD : stop * PARTS_PER_WORD]
+        # A part read as a signed number is k - 2^15, so half a unit more is the fraction.
+        out.copy_(words.view(torch.int16)).add_(0.5).mul_(2.0**-PART_BITS)
+    return fractions.view(*shape)
+
+
+def dither_key(seed: int, tensor_name: str) -> int:
+    """Return the 64-bit key of a tensor's dither, from SHA-256 of the seed and its name."""
+    text = DOMAIN + b"\0" + str(int(seed)).encode() + b"\0" + tensor_name.encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def _mix(words: Tensor) -> Tensor:
+    """Scramble int64 words in place."""
+    words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_1))
+    return words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_2))
+
+
+def _signed(number: int) -> int:
+    """Reduce an integer modulo 2^64 to the range of int64."""
+    return (number + 2**63) % 2**64 - 2**63
