@@ -40,7 +40,7 @@ class AdapterResult:
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """One optimizer step: means over the step's tokens, in nats per token; None where no token was."""
+    """One optimizer step: means over its tokens, in nats per token; None where it had none."""
 
     step: int
     loss: float
