@@ -50,3 +50,7 @@ class GuardFailed(QatloraError):
     """A gate stopped the export; nothing was published."""
 
     exit_code = 3
+
+
+class TrainError(QatloraError):
+    """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""

@@ -1,0 +1,1 @@
+"""Adapters inside the grid: attach, deployed_weight, save, load."""

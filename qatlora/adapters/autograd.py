@@ -52,14 +52,15 @@ class DeployedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of x, A, B, A_s, B_s."""
-        x, down, up, steps_down, steps_up = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
+        down, up, steps_down, _ = parameters
         layer: GridAdapter = ctx.layer
         blocks = deployed_weight(layer)
         grad_y = grad_y.to(x.dtype)
         grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
         x_flat, y_flat = x.flatten(0, -2), grad_y.flatten(0, -2)
         if steps_down is not None:
-            grads = _dense_gradients(layer, blocks.levels, x_flat, y_flat, ctx.saved_tensors[1:])
+            grads = _dense_gradients(layer, blocks.levels, x_flat, y_flat, parameters)
         elif down is not None:
             grads = (*_lora_gradients(layer, x_flat, y_flat, down, up), None, None)
         else:
@@ -109,11 +110,12 @@ def _dense_gradients(
     levels: Tensor,
     x: Tensor,
     grad_y: Tensor,
-    parameters: tuple[Tensor | None, ...],
+    parameters: list[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """dA, dB, dA_s, dB_s in float32, from g in tiles of rows."""
     down, up, steps_down, steps_up = parameters
-    assert steps_down is not None and steps_up is not None
+    assert steps_down is not None
+    assert steps_up is not None
     steps = layer.get_base_layer().store.steps
     moves_levels = down is not None and up is not None
     grad_down = torch.zeros_like(down) if moves_levels else None

@@ -6,9 +6,9 @@ A deployed weight is ``step * level``. An adapter of kind
     steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
     both    moves the levels by the base's steps, then the steps
 
-where t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a grid
-a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there is no
-dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
+where t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a
+grid a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there
+is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 
 Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
 """
@@ -45,7 +45,7 @@ class AdapterRule:
         rank: rank of the level delta B A.
         alpha: its scale is alpha / rank.
         steps_rank: rank of the step factor B_s A_s; its scale is 1.
-        rounding: frozen (the base's steps stay) or reference (llama.cpp's rule on the merged weight).
+        rounding: frozen (the base's steps stay) or reference (llama.cpp's rule on base + delta).
         dither: whether on-grid layers are dithered.
         seed: seed of the dither.
     """
@@ -86,15 +86,20 @@ def deployed_weight(layer: "GridLinear | GridAdapter") -> Q4Blocks:
     """
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
+    # Autocast would round the delta to bf16 and move codes.
+    with torch.autocast(layer.get_base_layer().store.steps.device.type, enabled=False):
+        blocks = _with_moved_levels(layer)
+        return Q4Blocks(moved_steps(layer, blocks.steps), blocks.levels)
+
+
+def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
     base = layer.get_base_layer()
     down, up = layer.parameters_of("lora_A"), layer.parameters_of("lora_B")
     if down is None or up is None:
-        blocks = base.base_blocks()
-    elif layer.rule.rounding == "reference":
-        blocks = _merged_by_reference(base, layer.rule, down, up)
-    else:
-        blocks = _moved_levels(base, layer.rule, down, up)
-    return Q4Blocks(moved_steps(layer, blocks.steps), blocks.levels)
+        return base.base_blocks()
+    if layer.rule.rounding == "reference":
+        return _merged_by_reference(base, layer.rule, down, up)
+    return _moved_levels(base, layer.rule, down, up)
 
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
@@ -135,7 +140,7 @@ def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
 
 
 def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """scale * (up @ down), float32 [rows, width], the same on every machine.
+    """Scale * (up @ down), float32 [rows, width], the same on every machine.
 
     The order of a float32 sum changes about half of the last bits and with them some codes, so the
     sum runs in float64 and is rounded once: two orders then agree but for one value in 2^28.

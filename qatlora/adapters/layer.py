@@ -56,8 +56,12 @@ class GridAdapter(nn.Module, LoraLayer):
             nn.init.zeros_(up[adapter_name].weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, GridLinear)
+        return module.in_features, module.out_features
+
     def parameters_of(self, name: str) -> Tensor | None:
-        """Weight of `lora_A`, `lora_B`, `lora_steps_A` or `lora_steps_B`; None where absent or off."""
+        """Weight of `lora_A`, `lora_B`, `lora_steps_A`, `lora_steps_B`; None where absent or off."""
         if self.disable_adapters:
             return None
         modules = getattr(self, name)

@@ -1,9 +1,9 @@
 """Adapter folders: PEFT's layout plus an identity file, refused by plain PEFT and by another base.
 
-    adapter_config.json          peft_type QATLORA: plain PEFT knows no such type and stops, instead
-                                 of serving the adapter off the grid it was trained inside
-    adapter_model.safetensors    PEFT's names and tensors, float32
-    identity.json                the rule, the base's digest, the digests of the deployed tensors
+adapter_config.json          peft_type QATLORA: plain PEFT knows no such type and stops, instead
+of serving the adapter off the grid it was trained inside
+adapter_model.safetensors    PEFT's names and tensors, float32
+identity.json                the rule, the base's digest, the digests of the deployed tensors
 """
 
 import dataclasses

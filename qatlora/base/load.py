@@ -198,7 +198,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from problem
 
 
-def _load_model(source: Source, device: torch.device, nf4: tuple[str, ...] | None) -> PreTrainedModel:
+def _load_model(
+    source: Source, device: torch.device, nf4: tuple[str, ...] | None
+) -> PreTrainedModel:
     """The transformers model in bf16, with exactly the modules `nf4` as Linear4bit."""
     if nf4 is None:
         return _from_pretrained(source.folder, device, dtype=torch.bfloat16)

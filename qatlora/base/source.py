@@ -107,7 +107,9 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pt", "*.gguf", "original/*"]))
+        return Path(
+            snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pt", "*.gguf", "original/*"])
+        )
     except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
         raise CheckpointError(
             f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "

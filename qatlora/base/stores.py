@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from qatlora.grid import BLOCK_SIZE, Q4Blocks, nearest_levels, pack, unpack
 
-
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over a
 # tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are better.
 _TILE_WEIGHTS = {"cpu": 1 << 18}

@@ -1,0 +1,1 @@
+"""The TRL trainer with losses over hidden states."""

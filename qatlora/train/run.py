@@ -1,0 +1,185 @@
+"""Train an adapter: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig
+
+from qatlora.adapters.attach import AdaptedModel
+from qatlora.config import LoggingConfig, TrainConfig
+from qatlora.data.rows import Row
+from qatlora.errors import TrainError
+from qatlora.memory import peak_rss_bytes
+from qatlora.report.results import TrainPoint, TrainResult
+from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
+
+OnStep = Callable[[int], None]
+
+
+def train(
+    adapted: AdaptedModel,
+    rows: list[Row],
+    objective: Objective,
+    settings: TrainConfig,
+    logging: LoggingConfig,
+    *,
+    run_dir: Path,
+    seed: int,
+    bf16: bool,
+    on_step: OnStep,
+) -> TrainResult:
+    """Run the optimizer over `rows` in their order, `rows_per_step` at a time.
+
+    Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
+
+    Raises:
+        TrainError: a loss that is not finite (the last checkpoint stays), or nothing to resume.
+    """
+    log = StepLog(run_dir / "train_log.jsonl", resume=settings.resume, on_step=on_step)
+    trainer = GridTrainer(
+        objective=objective,
+        model=adapted.model,
+        args=_arguments(settings, logging, run_dir, seed, bf16=bf16),
+        train_dataset=Dataset.from_list([training_record(row) for row in rows]),
+        data_collator=RowCollator(_pad_token_id(adapted)),
+        processing_class=adapted.base.tokenizer,
+        callbacks=[log],
+        optimizers=(_optimizer(adapted, settings), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=settings.resume or None)
+    except ValueError as problem:
+        if "No valid checkpoint" not in str(problem):
+            raise
+        raise TrainError(
+            f"train.resume=true, but {run_dir / 'checkpoints'} holds no whole checkpoint. Give the "
+            "run_dir of the killed run, or start anew with train.resume=false."
+        ) from None
+    adapted.model.eval()
+    losses = [point.loss for point in log.history]
+    return TrainResult(
+        steps=trainer.state.global_step,
+        tokens=trainer.num_loss_tokens,
+        seconds=time.monotonic() - start,
+        loss_first=losses[0],
+        loss_last=losses[-1],
+        peak_rss_bytes=peak_rss_bytes(),
+        history=log.history,
+    )
+
+
+def _arguments(
+    settings: TrainConfig, logging: LoggingConfig, run_dir: Path, seed: int, *, bf16: bool
+) -> SFTConfig:
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(run_dir / "checkpoints"),
+        use_cpu=on_cpu,
+        bf16=bf16,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.micro_batch_rows,
+        gradient_accumulation_steps=settings.rows_per_step // settings.micro_batch_rows,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler.name,
+        warmup_steps=math.ceil(settings.warmup_ratio * settings.max_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=logging.log_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not smoothed over
+        report_to=logging.report_to.name,
+        run_name=run_dir.name,
+        seed=seed,
+        data_seed=seed,
+        train_sampling_strategy="sequential",  # the rows come mixed and in order
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,  # the rows are already cut
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+    )
+
+
+def _optimizer(adapted: AdaptedModel, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a learning rate for the level factors and one for the step factors."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in adapted.model.named_parameters():
+        if parameter.requires_grad:
+            groups["lora_steps_" in name].append(parameter)
+    rates = {False: settings.learning_rate, True: settings.steps_learning_rate}
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rates[is_steps]} for is_steps, group in groups.items() if group],
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _pad_token_id(adapted: AdaptedModel) -> int:
+    tokenizer = adapted.base.tokenizer
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+class StepLog(TrainerCallback):
+    """Keeps the history, appends it to a JSONL file, moves the bar, and stops on NaN."""
+
+    def __init__(self, path: Path, *, resume: bool, on_step: OnStep) -> None:
+        self.history: list[TrainPoint] = []
+        self._path = path
+        self._on_step = on_step
+        self._last = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """On a resumed run, take over the lines up to the checkpoint and drop later ones."""
+        self._last = time.monotonic()
+        if state.global_step and self._path.is_file():
+            lines = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
+            self.history = [TrainPoint(**x) for x in lines if x["step"] <= state.global_step]
+            self._path.write_text("".join(_line(point) for point in self.history), "utf-8")
+            self._on_step(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Advance the progress bar."""
+        self._on_step(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep one step; raise `TrainError` if its loss is not finite."""
+        if not logs or "loss" not in logs:
+            return
+        now = time.monotonic()
+        point = TrainPoint(
+            step=state.global_step,
+            loss=logs["loss"],
+            ce=logs.get("ce"),
+            kl=logs.get("kl"),
+            general_kl=logs.get("general_kl"),
+            learning_rate=logs["learning_rate"],
+            seconds=now - self._last,
+        )
+        self._last = now
+        if not math.isfinite(point.loss):
+            raise TrainError(
+                f"The loss of step {point.step} is {point.loss}, and only a finite loss can be "
+                "learned from. The last whole checkpoint is kept: lower train.learning_rate and "
+                "continue with train.resume=true, or look at the data of this step."
+            )
+        self.history.append(point)
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(_line(point))
+
+
+def _line(point: TrainPoint) -> str:
+    return json.dumps(vars(point)) + "\n"

@@ -1,0 +1,153 @@
+"""The TRL trainer with qatlora's loss: hidden states in, weighted cross-entropy and KL out.
+
+Every optimizer step normalizes each of its three terms by the number of tokens that carry it in the
+whole step, over all micro-batches and processes, so the loss does not depend on how a batch is cut:
+
+    loss = ce_weight * mean CE(chat) + kl_weight * mean KL(chat) + general_kl_weight * mean KL(replay)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from qatlora.data.rows import Row
+from qatlora.distill.divergence import Divergence
+from qatlora.distill.head import LmHead
+from qatlora.distill.hidden import final_hidden_states
+from qatlora.distill.losses import IGNORED_LABEL, LossSettings, chunked_loss
+from qatlora.distill.teachers import TeacherStates
+
+_TERMS = ("ce", "kl", "general_kl")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss: weights of the three terms, the divergence, the teacher.
+
+    Attributes:
+        weights: ce, kl and general_kl, in the order of the module's formula.
+        divergence: which divergence, and its temperature.
+        teacher: a frozen model, or None where no KL is asked for.
+        settings: chunk size and compute dtype.
+    """
+
+    weights: tuple[float, float, float]
+    divergence: Divergence
+    teacher: PreTrainedModel | None
+    settings: LossSettings
+
+
+class RowCollator:
+    """Pad rows to the right: input_ids, attention_mask, labels, is_general [rows]."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tensors of one micro-batch."""
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+            "is_general": torch.tensor([row["source"] == "general" for row in rows]),
+        }
+
+
+def training_record(row: Row) -> dict[str, Any]:
+    """A row as the columns that `RowCollator` reads."""
+    return {"input_ids": row.input_ids, "labels": row.labels, "source": row.source}
+
+
+class GridTrainer(SFTTrainer):
+    """SFTTrainer whose loss never sees the logits of a batch."""
+
+    def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.objective = objective
+        self.loss_is_scaled_for_ga = True  # by the counts of the whole step
+        self._head = LmHead.of(self.model).to(objective.settings.compute_dtype)
+        self._sums = torch.zeros(len(_TERMS), dtype=torch.float64)
+        self._counts = torch.zeros(len(_TERMS), dtype=torch.float64)
+        self.num_loss_tokens = 0
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Tokens of the step that carry a loss: [chat, replay], over all processes."""
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in batch_samples:
+            per_row = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1)
+            counts += torch.stack(
+                [per_row[~batch["is_general"]].sum(), per_row[batch["is_general"]].sum()]
+            ).cpu()
+        counts = self.accelerator.gather(counts.to(device).unsqueeze(0)).sum(dim=0)
+        self.num_loss_tokens += int(counts.sum())
+        return counts
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted loss of one micro-batch, a share of its step's loss."""
+        assert num_items_in_batch is not None and not return_outputs
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        hidden = final_hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
+        labels = inputs["labels"][:, 1:].flatten()
+        general = inputs["is_general"].unsqueeze(1).expand_as(inputs["labels"][:, 1:]).flatten()
+        scored = labels != IGNORED_LABEL
+        ce, kl, general_kl = self.objective.weights
+        num_chat, num_general = num_items_in_batch.clamp(min=1).tolist()
+        token_ce = torch.where(scored & ~general, ce / num_chat, 0.0)
+        token_kl = torch.where(scored & ~general, kl / num_chat, 0.0)
+        token_kl = torch.where(scored & general, general_kl / num_general, token_kl)
+        loss = chunked_loss(
+            hidden,
+            self._head,
+            labels,
+            teacher=self._teacher_states(ids, mask, token_kl),
+            divergence=self.objective.divergence,
+            token_ce_weight=token_ce,
+            token_kl_weight=token_kl,
+            settings=self.objective.settings,
+        )
+        self._remember(loss.per_token_ce, loss.per_token_kl, token_ce, token_kl, general)
+        # Gradients are averaged over processes, and the counts are those of all of them.
+        return loss.total * self.accelerator.num_processes
+
+    def _teacher_states(self, ids: Tensor, mask: Tensor, weight: Tensor) -> TeacherStates | None:
+        teacher = self.objective.teacher
+        if teacher is None or not bool((weight > 0).any()):
+            return None
+        with torch.no_grad():
+            hidden = final_hidden_states(teacher, ids, mask)[:, :-1].flatten(0, 1)
+        return TeacherStates(hidden, LmHead.of(teacher))
+
+    def _remember(
+        self, ce: Tensor, kl: Tensor, w_ce: Tensor, w_kl: Tensor, general: Tensor
+    ) -> None:
+        """Add the unweighted sums of the three terms to those of the step."""
+        masks = (w_ce > 0, (w_kl > 0) & ~general, (w_kl > 0) & general)
+        for term, (values, mask) in enumerate(zip((ce, kl, kl), masks, strict=True)):
+            self._sums[term] += values[mask].sum().double().cpu()
+            self._counts[term] += mask.sum().cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the three terms since the last line of the log."""
+        if "loss" in logs:
+            for name, total, count in zip(_TERMS, self._sums, self._counts, strict=True):
+                if count:
+                    logs[name] = (total / count).item()
+            self._sums.zero_()
+            self._counts.zero_()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: SFTTrainer would put one into every checkpoint, and that is no result."""
