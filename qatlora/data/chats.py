@@ -1,8 +1,9 @@
 """Conversations from a JSONL file: one `{"messages": [{"role", "content"}, ...]}` per line.
 
 Two passes, so that a file of gigabytes is neither held in memory nor found broken after an hour of
-training: the first reads every line, checks it and keeps 16 bytes of it (where it begins and a digest
-of what it says); the second reads single conversations by seeking, when they are needed.
+training: the first reads every line, checks it and keeps 24 bytes of it (its number, where it
+begins and a digest of what it says); the second reads single conversations by seeking, when they
+are needed.
 """
 
 import hashlib
@@ -56,9 +57,9 @@ class ChatFile:
     """A checked JSONL file (see `Chats`); conversations are read from disk when asked for."""
 
     path: Path
-    offsets: array[int]
-    digests: array[int]
-    line_numbers: array[int]
+    offsets: "array[int]"
+    digests: "array[int]"
+    line_numbers: "array[int]"
     licence: str = "the user's own"
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -129,8 +130,8 @@ def _open(path: Path) -> BinaryIO:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"The conversations in {path} cannot be read: {reason}. data.path must name a JSONL file "
-            f"whose lines look like {_EXAMPLE}."
+            f"The conversations in {path} cannot be read: {reason}. data.path must name a JSONL "
+            f"file whose lines look like {_EXAMPLE}."
         ) from error
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IGNORED = -100
-"""Label of a token that is neither trained nor scored (the convention of torch and transformers)."""
+"""Label of a token that is neither trained nor scored (as in torch and transformers)."""
 
 Source = Literal["chat", "general"]
 

@@ -2,15 +2,15 @@
 
 The loss falls on the assistant's tokens only. Which those are is said by the template itself, with
 `{% generation %} ... {% endgeneration %}` around them, and read back through
-`apply_chat_template(return_assistant_tokens_mask=True)`. Few published templates have these markers,
-so we ship marked twins (`templates/*.jinja`) that render, byte for byte, what the originals render;
-that is checked on probe conversations before a twin is used, never taken from a model's name.
+`apply_chat_template(return_assistant_tokens_mask=True)`. Few published templates have these
+markers, so we ship marked twins (`templates/*.jinja`) that render, byte for byte, what the
+originals render; that is checked on probe conversations before a twin is used, never taken from a
+name.
 
 Inside the markers: what the assistant says and the token that ends its turn, for this is what the
-model must produce. Outside: the turn's header and the line break after the end token. TRL's training
-templates (1.16: Gemma 3, ChatML) mark that line break too. Generation has stopped before it, and it
-is certain in every turn, so scoring it would flatter perplexity and KL: in short chats by 5 to 10 %
-of the scored tokens.
+model must produce. Outside: the turn's header and the line break after the end token. TRL's
+training templates (1.16: Gemma 3, ChatML) mark that line break too. But generation has stopped
+before it, and it is certain in every turn, so scoring it would flatter perplexity and KL.
 
 Templates come from checkpoints, so they are untrusted code: nothing here renders one except through
 transformers' sandboxed `apply_chat_template`.
@@ -100,10 +100,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if not tokenizer.chat_template:
         raise DataError(
-            "The base's tokenizer has no chat template, so conversations cannot be rendered. A base "
-            "model that never saw chats needs one chosen for it: save chat_template.jinja with "
-            "{% generation %} markers in the checkpoint's folder, or start from the instruction-tuned "
-            "checkpoint."
+            "The base's tokenizer has no chat template, so conversations cannot be rendered. A "
+            "base model that never saw chats needs one chosen for it: save a chat_template.jinja "
+            "with {% generation %} markers in the checkpoint's folder, or start from the "
+            "instruction-tuned checkpoint."
         )
     own = tokenizer.get_chat_template()
     if has_generation_markers(own):
@@ -114,10 +114,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
         if _render_probes(tokenizer, twin) == rendered:
             return twin
     raise DataError(
-        f"The base's chat template (it begins {own.strip()[:60]!r}) does not say which words are the "
-        f"assistant's, and none of the shipped templates ({', '.join(shipped_templates())}) renders "
-        "the same text. Put {% generation %} before the assistant's words and {% endgeneration %} "
-        "after its end-of-turn token in the checkpoint's chat_template.jinja."
+        f"The base's chat template (it begins {own.strip()[:60]!r}) does not say which words are "
+        f"the assistant's, and none of the shipped templates ({', '.join(shipped_templates())}) "
+        "renders the same text. Put {% generation %} before the assistant's words and "
+        "{% endgeneration %} after its end-of-turn token in the checkpoint's chat_template.jinja."
     )
 
 
@@ -156,7 +156,8 @@ def render(
             return None
         raise DataError(
             f"The chat template (it begins {template.strip()[:60]!r}) cannot be rendered: "
-            f"{type(error).__name__}: {error}. Correct chat_template.jinja in the checkpoint's folder."
+            f"{type(error).__name__}: {error}. Correct chat_template.jinja in the checkpoint's "
+            "folder."
         ) from error
     return text
 

@@ -1,0 +1,47 @@
+"""Held-out user turns that the model answers before and after training, for a person to read."""
+
+from collections.abc import Collection, Iterable
+
+from qatlora.data.chats import Conversation
+from qatlora.data.encode import ChatEncoder
+
+_MIN_QUESTION_CHARACTERS = 40
+_MAX_LENGTH_SHARE = 0.5
+"""Of max_length_tokens: the answer needs room in the context that training has seen."""
+
+
+def choose_prompts(
+    conversations: Iterable[Conversation],
+    trained_user_turns: Collection[str],
+    encoder: ChatEncoder,
+    num_prompts: int,
+) -> list[Conversation]:
+    """At most `num_prompts` prompts, each from another conversation and ending with a user turn.
+
+    That user turn occurs nowhere in training. Questions come first, those with little said before
+    them ahead of the others: "Hello" shows little, and neither does a question that needs a page of
+    context.
+    """
+    candidates: list[Conversation] = []
+    for conversation in conversations:
+        prefixes = [
+            conversation[: i + 1]
+            for i, message in enumerate(conversation)
+            if message["role"] == "user" and message["content"] not in trained_user_turns
+        ]
+        prompt = next(filter(_asks, prefixes), prefixes[0] if prefixes else None)
+        if prompt and _is_short_and_clean(prompt, encoder):
+            candidates.append(encoder.with_system_prompt(prompt))
+    candidates.sort(key=lambda prompt: (not _asks(prompt), len(prompt)))
+    return candidates[:num_prompts]
+
+
+def _asks(prompt: Conversation) -> bool:
+    content = prompt[-1]["content"]
+    return content.rstrip().endswith("?") and len(content) >= _MIN_QUESTION_CHARACTERS
+
+
+def _is_short_and_clean(prompt: Conversation, encoder: ChatEncoder) -> bool:
+    if encoder.spells_control_token(prompt):
+        return False
+    return encoder.count_tokens(prompt) <= _MAX_LENGTH_SHARE * encoder.max_length
