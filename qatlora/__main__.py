@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence

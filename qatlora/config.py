@@ -2,7 +2,8 @@
 
 `conf/config.yaml` starts from `RootConfig`, so an unknown key or a value of the wrong type fails
 while Hydra composes. `to_dataclasses` turns the composed config into plain dataclass objects and
-`config_rules.validate` checks what types cannot express. Units stand in the names; enums are matched by NAME.
+`config_rules.validate` checks what types cannot express. Units stand in the names; enums are
+matched by NAME. The file is long because it is one table: every setting with its default.
 Nothing here imports torch: `--help` and a typo must be answered at once.
 """
 
