@@ -51,24 +51,19 @@ def open_chitchat(folder: Path) -> ChitChat:
     """Read and filter the package's conversations.
 
     Args:
-        folder: the package's files; `dataset.json` is looked for in it and below.
+        folder: where the package's files are (`qatlora.registry.locate`).
 
     Raises:
         DataError: the file is absent or not what the package publishes.
     """
-    path = next(iter(sorted(folder.rglob("dataset.json"))), None)
-    if path is None:
-        raise DataError(
-            f"{folder} holds no dataset.json. Remove the folder, so that the package "
-            "chitchat-dataset is fetched again."
-        )
+    path = folder / "chitchat_dataset" / "dataset.json"
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         return _filtered(records[key] for key in sorted(records))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not the file that chitchat-dataset publishes ({error!r}). Remove it, so "
-            "that the package is fetched again."
+            f"{path} is not the file that chitchat-dataset publishes ({error!r}). Remove "
+            "what is left of the package, so that it is fetched again."
         ) from error
 
 

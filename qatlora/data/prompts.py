@@ -20,7 +20,7 @@ def choose_prompts(
 
     That user turn occurs nowhere in training. Questions come first, those with little said before
     them ahead of the others: "Hello" shows little, and neither does a question that needs a page of
-    context.
+    context. Prompts that leave no room for an answer come last.
     """
     candidates: list[Conversation] = []
     for conversation in conversations:
@@ -30,18 +30,15 @@ def choose_prompts(
             if message["role"] == "user" and message["content"] not in trained_user_turns
         ]
         prompt = next(filter(_asks, prefixes), prefixes[0] if prefixes else None)
-        if prompt and _is_short_and_clean(prompt, encoder):
+        if prompt and not encoder.spells_control_token(prompt):
             candidates.append(encoder.with_system_prompt(prompt))
-    candidates.sort(key=lambda prompt: (not _asks(prompt), len(prompt)))
+    limit = _MAX_LENGTH_SHARE * encoder.max_length
+    candidates.sort(
+        key=lambda each: (encoder.count_tokens(each) > limit, not _asks(each), len(each))
+    )
     return candidates[:num_prompts]
 
 
 def _asks(prompt: Conversation) -> bool:
     content = prompt[-1]["content"]
     return content.rstrip().endswith("?") and len(content) >= _MIN_QUESTION_CHARACTERS
-
-
-def _is_short_and_clean(prompt: Conversation, encoder: ChatEncoder) -> bool:
-    if encoder.spells_control_token(prompt):
-        return False
-    return encoder.count_tokens(prompt) <= _MAX_LENGTH_SHARE * encoder.max_length

@@ -95,12 +95,7 @@ def open_general(name: str, locate: Callable[[str], Path]) -> GeneralText:
     if name in _NAMED:
         kind = _NAMED[name]
         folder = locate("exllamav3")
-        path = next(iter(sorted(folder.rglob(f"standard_cal_data/{name}.utf8"))), None)
-        if path is None:
-            raise DataError(
-                f"{folder} holds no {name}.utf8. Remove the folder, so that the package exllamav3 "
-                "is fetched again, or name a text file of your own: data.general=FILE.txt."
-            )
+        path = folder / "exllamav3" / "conversion" / "standard_cal_data" / f"{name}.utf8"
         label = f"{name} (calibration text of exllamav3)"
     else:
         kind, path, label = _OWN_FILE, Path(name).expanduser(), name

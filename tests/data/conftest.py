@@ -7,7 +7,6 @@ from data_samples import chitchat_record
 from transformers import AutoTokenizer
 
 
-
 @pytest.fixture(scope="session")
 def gemma(tiny_gemma3_folder):
     """Tiny tokenizer that adds BOS, with the shipped Gemma 3 template."""

@@ -38,7 +38,9 @@ def unmarked(smol):
     smol.chat_template = before
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=lambda x: x if isinstance(x, str) else x["what"])
+@pytest.mark.parametrize(
+    ("name", "case"), CASES, ids=lambda x: x if isinstance(x, str) else x["what"]
+)
 def test_shipped_template_renders_what_the_published_one_rendered(gemma, name, case):
     template = shipped_template(name)
     arguments = (case["messages"], case["add_generation_prompt"])
@@ -110,7 +112,7 @@ def test_template_that_fails_or_leaves_the_sandbox_is_refused(unmarked, template
 
 
 def test_unknown_shipped_template_is_refused_with_the_choices():
-    with pytest.raises(DataError, match="'gemma9'.*chatml, gemma3"):
+    with pytest.raises(DataError, match=r"'gemma9'.*chatml, gemma3"):
         shipped_template("gemma9")
 
 
