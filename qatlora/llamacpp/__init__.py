@@ -1,0 +1,1 @@
+"""llama.cpp around qatlora: GGUF files, the converter of HF folders, the tools."""

@@ -1,0 +1,216 @@
+"""Gemma 3 and Llama-shaped GGUF files as transformers models.
+
+transformers' own route parses the file with gguf.GGUFReader several times (minutes for a
+vocabulary of 262,144) and leaves a quantization_config behind that forbids saving and training.
+
+Three differences between the two formats are undone here, and a test compares the result with
+transformers' own:
+
+- names (`blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`);
+- Gemma's norms: llama.cpp stores 1 + weight;
+- Llama's rotary embedding: llama.cpp rotates neighbouring pairs, transformers the two halves of a
+  head, so the converter interleaves the rows of q_proj and k_proj.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qatlora.base.gguf_config import gemma3_config, llama_config
+from qatlora.errors import CheckpointError
+from qatlora.llamacpp.gguf_read import GgufFile, GgufTensor, dequantize, read_gguf
+
+_CHUNK_WEIGHTS = 1 << 24
+_LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+_LLAMA_NAMES = _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"}
+_GEMMA3_NAMES = _LAYER_NAMES | {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_TOP_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How a GGUF architecture maps to transformers.
+
+    layer_names: of the modules of one decoder layer, HF to GGUF.
+    norm_shift: what llama.cpp adds to the weights of norms.
+    interleaved: whether the rows of q_proj and k_proj are interleaved in the GGUF.
+    make_config: metadata to configuration class.
+    """
+
+    model_type: str
+    layer_names: dict[str, str]
+    norm_shift: float
+    interleaved: bool
+    make_config: Callable[[GgufFile], PreTrainedConfig]
+
+
+def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
+    """The configuration that transformers needs to run this file.
+
+    Raises:
+        CheckpointError: the architecture is not supported, or a metadata key is missing.
+    """
+    config = _architecture(gguf).make_config(gguf)
+    config.dtype = torch.bfloat16
+    return config
+
+
+def weights_from_gguf(
+    gguf: GgufFile, config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All parameters of the model by HF name, decoded in fp32 and rounded once to `dtype`.
+
+    Tied embeddings appear once. `config` may belong to another copy of the model (the folder that
+    the GGUF was exported from); for a multimodal one its text part counts.
+
+    Raises:
+        CheckpointError: a parameter is missing, has another shape, or a tensor is left over.
+    """
+    architecture = _architecture(gguf)
+    config = config.get_text_config()
+    if config.model_type != architecture.model_type:
+        raise CheckpointError(
+            f"{gguf.path} is a {architecture.model_type} model, but it is loaded with a "
+            f"configuration of {config.model_type}: give the configuration it was exported with."
+        )
+    unused = dict(gguf.tensors)
+    unused.pop("rope_freqs.weight", None)  # part of the configuration
+    weights = {}
+    for name, shape in _expected_shapes(config).items():
+        gguf_name = _gguf_name(name, architecture)
+        tensor = unused.pop(gguf_name, None)
+        if tensor is None or tensor.shape != shape:
+            found = "no such tensor" if tensor is None else f"the shape {list(tensor.shape)}"
+            raise CheckpointError(
+                f"{gguf.path} has {found} where {gguf_name} (in transformers {name}) should have "
+                f"the shape {list(shape)}: the file and its configuration do not belong together."
+            )
+        weights[name] = _decode(tensor, name, config, architecture, dtype)
+    if unused:
+        raise CheckpointError(
+            f"{gguf.path} has tensors that a dense {architecture.model_type} model does not know "
+            f"({', '.join(sorted(unused)[:4])}{', ...' if len(unused) > 4 else ''}): it is a "
+            "variant that cannot be loaded; give the HF folder of the model instead."
+        )
+    return weights
+
+
+def model_from_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a GGUF file as a transformers model, every parameter filled from the file.
+
+    Args:
+        path: a GGUF file of a Gemma 3 (text) or Llama-shaped model.
+        config: of the HF folder it was exported from, or `config_from_gguf`.
+        dtype: of all parameters; float32 represents every Q4_0 and Q8_0 weight exactly.
+
+    Raises:
+        CheckpointError: as `weights_from_gguf`.
+    """
+    text_config = config.get_text_config()
+    weights = weights_from_gguf(read_gguf(path), text_config, dtype)
+    model = type(_on_meta(text_config)).from_pretrained(
+        None, config=text_config, state_dict=weights, dtype=dtype
+    )
+    return model.eval()
+
+
+def _architecture(gguf: GgufFile) -> Architecture:
+    name = gguf.require("general.architecture")
+    if name.startswith("gemma4"):
+        raise CheckpointError(
+            f"{gguf.path} is a Gemma 4 model. transformers 5.23 loads such files without an error "
+            "but loses layer scalars and router scales; give the HF folder of the model instead."
+        )
+    if name not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{gguf.path} is of the architecture {name!r}; GGUF files can be loaded of "
+            f"{' and '.join(_ARCHITECTURES)}: give the HF folder of the model instead."
+        )
+    return _ARCHITECTURES[name]
+
+
+def _expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _gguf_name(hf_name: str, architecture: Architecture) -> str:
+    module, _, kind = hf_name.rpartition(".")
+    if module in _TOP_NAMES:
+        return f"{_TOP_NAMES[module]}.{kind}"
+    layer, _, rest = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{architecture.layer_names[rest]}.{kind}"
+
+
+def _decode(
+    tensor: GgufTensor,
+    name: str,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    dtype: torch.dtype,
+) -> Tensor:
+    if len(tensor.shape) == 1:
+        values = torch.from_numpy(dequantize(tensor).copy())
+        shift = architecture.norm_shift if name.endswith("norm.weight") else 0.0
+        values = values - shift if shift else values
+    else:
+        values = _decode_by_chunks(tensor, dtype)
+    if architecture.interleaved and ".self_attn." in name:
+        if ".q_proj." in name:
+            values = _deinterleave(values, config.num_attention_heads)
+        elif ".k_proj." in name:
+            values = _deinterleave(values, config.num_key_value_heads)
+    return values.to(dtype).contiguous()
+
+
+def _decode_by_chunks(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
+    """Rows at a time: an embedding of 262,144 rows in fp32 would be 0.7 GB and more."""
+    values = torch.empty(tensor.shape, dtype=dtype)
+    num_rows = max(1, _CHUNK_WEIGHTS // math.prod(tensor.shape[1:]))
+    for start in range(0, tensor.shape[0], num_rows):
+        chunk = dequantize(tensor.rows(start, start + num_rows))
+        # A BF16 or F32 chunk may still be a read-only view of the file.
+        writable = chunk if chunk.flags.writeable else chunk.copy()
+        values[start : start + num_rows] = torch.from_numpy(writable)
+    return values
+
+
+def _deinterleave(values: Tensor, num_heads: int) -> Tensor:
+    """Undo `LlamaModel.permute` of llama.cpp's converter on [heads * head_dim, ...] rows."""
+    half = values.shape[0] // num_heads // 2
+    split = values.reshape(num_heads, half, 2, *values.shape[1:])
+    return split.swapaxes(1, 2).reshape(values.shape)
+
+
+_ARCHITECTURES = {
+    "gemma3": Architecture("gemma3_text", _GEMMA3_NAMES, 1.0, False, gemma3_config),
+    "llama": Architecture("llama", _LLAMA_NAMES, 0.0, True, llama_config),
+}
