@@ -1,0 +1,1 @@
+"""What a run leaves for people and scripts, made from the dataclasses of `results` alone."""

@@ -6,24 +6,23 @@ MISSING = "–"
 """Stands where nothing was measured."""
 
 
-def format_figure(value: float | None) -> str:
-    """Four significant digits; whole numbers in full; an exponent outside 1e-3 .. 1e5."""
+def format_figure(value: float | None, *, decimals: bool = False) -> str:
+    """Four significant digits, with an exponent outside 1e-3 .. 1e5.
+
+    Args:
+        value: the figure; None gives `MISSING`.
+        decimals: for columns of measured figures: 10 is 10.00, not 10.
+    """
     if value is None:
         return MISSING
     if not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e12:
+    whole = value == int(value) and abs(value) < 1e12
+    if whole and (value == 0 or not decimals or isinstance(value, int)):
         return format_count(int(value))
     if not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2e}"
-    return f"{value:#.4g}".rstrip(".")
-
-
-def format_decimal(value: float | None) -> str:
-    """As `format_figure`, with the decimals kept for a column of measured figures: 10 is 10.00."""
-    if value is not None and 1e-3 <= abs(value) < 1e5:
-        return f"{value:#.4g}".rstrip(".")
-    return format_figure(value)
+        return f"{value:.2e}" if decimals else f"{value:.3g}"
+    return f"{value:#.4g}".rstrip(".") if decimals else f"{value:.4g}"
 
 
 def format_share(share: float | None) -> str:

@@ -55,15 +55,15 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "kld_bin_edges": KLD_BIN_EDGES,
         "history": history,
     }
-    plain: dict[str, Any] = _plain(document)
-    faults = list(_faults(plain, ""))
+    values: dict[str, Any] = plain(document)
+    faults = list(_faults(values, ""))
     if faults:
         raise ReportError(
             f"The report holds what JSON cannot: {'; '.join(faults)}. Every figure must be finite "
             "and every value text, number, list or mapping; look for the stage that made it, as a "
             "loss that is not finite usually means too high a learning rate."
         )
-    return plain
+    return values
 
 
 def load_schema() -> dict[str, Any]:
@@ -84,16 +84,16 @@ def _by_text_and_model(
     return rows
 
 
-def _plain(value: Any) -> Any:
-    """Settings may hold enums, paths and tuples: written by name, as text and as lists."""
+def plain(value: Any) -> Any:
+    """`value` for JSON: enums by name, paths as text, tuples as lists, the rest as it is."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

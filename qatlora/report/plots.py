@@ -104,7 +104,7 @@ def loss_figure(history: Sequence[TrainPoint]) -> Figure | None:
         for label, color, style, points in panel:
             _draw_course(axis, points, label, color, style)
         axis.set(title=title, xlabel="optimizer step", ylabel="nats per token")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(_whole_numbers())
         axis.legend(frameon=False)
     return figure
 
@@ -135,7 +135,7 @@ def kld_figure(texts: dict[str, dict[str, TextResult]]) -> Figure | None:
             axis.stairs(shares, edges, edgecolor=color, label=_kld_label(model, result), **rest)
         axis.set(
             title=f"Per-token KLD to the teacher, {text} text",
-            xlabel=f"KLD in nats (leftmost bin: below {KLD_BIN_EDGES[1]:.0e})",
+            xlabel="KLD in nats",
             ylabel="share of tokens",
             xscale="log",
         )
@@ -172,7 +172,7 @@ def changes_figure(kinds: Sequence[KindChange]) -> Figure | None:
         axis.set_ylabel(f"share of {what} changed")
         axis.set_ylim(bottom=0, top=None if any_codes or any_steps else 1)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(_whole_numbers())
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -206,8 +206,12 @@ def _draw_course(
     axis.plot(steps, values, "-", color=color, linewidth=0.8, alpha=0.3)
     axis.plot(
         steps, list(_running_mean(values, width)), style, color=color, linewidth=2,
-        label=f"{label} (mean of {width} steps)",
+        label=f"{label}, mean over {width}",
     )  # fmt: skip
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
 def _running_mean(values: Sequence[float], width: int) -> Iterator[float]:
@@ -236,5 +240,8 @@ def _fit_to_bins(
     counts = [r.kld_histogram or [] for results in panels.values() for r in results.values()]
     used = [index for index in range(len(edges) - 1) if any(row[index] for row in counts)]
     axis.set_xlim(edges[used[0]], edges[used[-1] + 1])
+    if used[0] == 0:
+        for each in axis.figure.axes:
+            each.set_xlabel("KLD in nats (leftmost bin: all below 0.000001)")
     highest = max(count / sum(row) for row in counts for count in row)
     axis.set_ylim(0, highest * 1.35)

@@ -40,6 +40,8 @@ TENSORS = (
 def run_report() -> RunReport:
     """A chat_sft run that passed."""
     rng = random.Random(7)
+    task = _text(rng, 9.812, mean_kld=0.173)
+    general = _text(rng, 27.61, mean_kld=0.302)
     return RunReport(
         recipe="chat_sft",
         base=BaseResult("gemma3_270m", "nf4", 268_098_176, 0.0, "b" * 64),
@@ -48,13 +50,13 @@ def run_report() -> RunReport:
         texts={
             "task": {
                 "base": _text(rng, 14.903, mean_kld=0.41),
-                "trained": _text(rng, 9.812, mean_kld=0.173),
-                "merged": _text(rng, 9.812, mean_kld=0.173),
+                "trained": task,
+                "merged": task,
             },
             "general": {
                 "base": _text(rng, 26.24, mean_kld=0.288),
-                "trained": _text(rng, 27.61, mean_kld=0.302),
-                "merged": _text(rng, 27.61, mean_kld=0.302),
+                "trained": general,
+                "merged": general,
             },
         },
         guard=GuardResult(True, _gates()),

@@ -1,0 +1,68 @@
+"""The table at the end of a run in the terminal: verdict, figures, gates, where the report lies."""
+
+from rich import box
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qatlora.report.escape import visible
+from qatlora.report.formatting import format_bytes, format_figure, format_seconds
+from qatlora.report.results import GuardResult, RunReport
+from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+
+_STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def to_console(report: RunReport) -> RenderableType:
+    """A rich renderable of `report` for `rich.console.Console.print`; fits 80 columns."""
+    parts: list[RenderableType] = []
+    rows = score_rows(report)
+    if rows:
+        parts.append(_score_table(rows))
+    if report.guard and report.guard.gates:
+        parts.append(_gate_table(report.guard))
+    outcome = verdict(report)
+    style = {True: "bold green", False: "bold red", None: "bold"}[outcome.good]
+    parts.append(Text(visible(outcome.headline), style=style))
+    parts += [Text(f"  {visible(reason)}") for reason in outcome.reasons]
+    parts.append(_fact_grid(report))
+    return Group(*parts)
+
+
+def _score_table(rows: list[list[str]]) -> Table:
+    table = Table(title="held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in SCORE_HEADER:
+        justify: JustifyMethod = "left" if name in ("text", "model") else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def _gate_table(guard: GuardResult) -> Table:
+    table = Table(title="guard", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("gate", "status", "figure", "limit", "unit"):
+        table.add_column(name, justify="right" if name in ("figure", "limit") else "left")
+    for gate in guard.gates:
+        table.add_row(
+            Text(visible(gate.name)),
+            Text(gate.status, style=_STATUS_STYLES.get(gate.status, "")),
+            format_figure(gate.value),
+            format_figure(gate.limit),
+            Text(visible(gate.unit)),
+        )
+    return table
+
+
+def _fact_grid(report: RunReport) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for label, value in facts(report):
+        grid.add_row(Text(visible(label)), Text(visible(value)))
+    if report.stages:
+        total = sum(stage.seconds for stage in report.stages)
+        grid.add_row("time", format_seconds(total))
+    if report.peak_rss_bytes:
+        grid.add_row("peak memory", format_bytes(report.peak_rss_bytes))
+    return grid

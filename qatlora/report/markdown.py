@@ -1,0 +1,232 @@
+"""`report.md`: the verdict first, then the figures behind it, then how to run the file.
+
+Sections without figures are left out. All text that comes from outside (prompts, answers, names,
+messages, paths, notes) passes through `qatlora.report.escape`.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from qatlora.report.changes import changes_by_kind
+from qatlora.report.escape import code_span, fenced, inline, labelled, table
+from qatlora.report.formatting import (
+    format_bytes,
+    format_count,
+    format_figure,
+    format_large_count,
+    format_seconds,
+    format_share,
+)
+from qatlora.report.json_report import plain
+from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
+from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
+from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+
+
+def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
+    """The text of `report.md`.
+
+    Args:
+        report: the run.
+        plots: names of the plot files that lie beside the report.
+    """
+    title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
+    sections = [
+        ("", _verdict(report)),
+        ("Perplexity and KLD", _scores(report, plots)),
+        ("Gates", _gates(report.guard)),
+        ("What changed", _changes(report, plots)),
+        ("Answers before and after", _samples(report)),
+        ("Training", _training(report, plots)),
+        ("Time and memory", _time_and_memory(report)),
+        ("Data", _data(report)),
+        ("Versions", _versions(report)),
+        ("Run it", _run_it(report)),
+        ("Settings", _settings(report)),
+    ]
+    parts = [title]
+    for heading, paragraphs in sections:
+        body = [paragraph for paragraph in paragraphs if paragraph]
+        if body:
+            parts += [f"## {heading}", *body] if heading else body
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdict(report: RunReport) -> Iterator[str]:
+    outcome = verdict(report)
+    yield f"**{inline(outcome.headline)}**"
+    yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
+    yield "\n".join(
+        f"- {label}: {code_span(value) if label in ('file', 'sha256') else inline(value)}"
+        for label, value in [*facts(report), *_what_was_trained(report)]
+    )
+
+
+def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
+    base, adapter = report.base, report.adapter
+    yield (
+        "base",
+        f"{base.name}, {format_large_count(base.parameters)} parameters, stored as {base.storage}, "
+        f"{format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid",
+    )
+    if adapter:
+        rank = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
+        dither = "with dither" if adapter.dither else "no dither"
+        yield (
+            "adapter",
+            f"{adapter.kind}, {rank}, {adapter.rounding} steps, {dither}, "
+            f"{format_large_count(adapter.trainable_parameters)} parameters in "
+            f"{adapter.tensors} tensors",
+        )
+
+
+def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    rows = [[inline(cell) for cell in row] for row in score_rows(report)]
+    if rows:
+        yield (
+            "Held-out text. KLD is KL(teacher || model) in nats per token; same top is the share "
+            "of tokens whose likeliest next token is the teacher's. After ± stands the standard error."
+        )
+        yield table(SCORE_HEADER, rows, "llrrrrrr")
+    yield _plot(KLD_PLOT, "Distribution of the per-token KLD to the teacher", plots)
+
+
+def _gates(guard: GuardResult | None) -> Iterator[str]:
+    if guard is None or not guard.gates:
+        return
+    rows = [
+        [
+            inline(gate.name),
+            f"**{gate.status}**" if gate.status == "failed" else inline(gate.status),
+            format_figure(gate.value),
+            format_figure(gate.limit),
+            inline(gate.unit),
+        ]
+        for gate in guard.gates
+    ]
+    yield table(("gate", "status", "figure", "limit", "unit"), rows, "llrrl")
+    yield "\n".join(  # a failed gate's message stands at the top of the report
+        f"- {inline(gate.name)}: {inline(gate.message)}"
+        for gate in guard.gates
+        if gate.message and gate.status != "failed"
+    )
+
+
+def _changes(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    kinds = changes_by_kind(report.changes)
+    if not kinds:
+        return
+    if not any(kind.codes_max or kind.steps_max for kind in kinds):
+        yield "**The merge changed no code and no step: the merged model is the base.**"
+    rows = [
+        [
+            inline(kind.kind),
+            format_count(kind.num_tensors),
+            *(
+                format_share(share)
+                for share in (kind.codes_mean, kind.codes_max, kind.steps_mean, kind.steps_max)
+            ),
+        ]
+        for kind in kinds
+    ]
+    yield "Shares of a tensor's codes and steps that differ from the base's."
+    header = ("kind", "tensors", "codes, mean", "codes, most", "steps, mean", "steps, most")
+    yield table(header, rows, "lrrrrr")
+    yield _plot(CHANGES_PLOT, "Share of codes and steps changed, by layer", plots)
+
+
+def _samples(report: RunReport) -> Iterator[str]:
+    for sample in report.samples:
+        known = [model for model in MODELS if model in sample.answers]
+        models = [*known, *(model for model in sample.answers if model not in MODELS)]
+        parts = [("prompt", sample.prompt), *((model, sample.answers[model]) for model in models)]
+        indent = max(len(label) for label, _ in parts) + 2
+        yield fenced(
+            "\n\n".join(labelled(label, text, label_width=indent) for label, text in parts)
+        )
+
+
+def _training(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.train:
+        yield _training_line(report.train)
+    yield _plot(LOSS_PLOT, "Loss over the optimizer steps", plots)
+
+
+def _training_line(train: TrainResult) -> str:
+    rate = f", {format_figure(train.tokens / train.seconds)} per second" if train.seconds else ""
+    return (
+        f"{format_count(train.steps)} steps, {format_count(train.tokens)} tokens with a loss in "
+        f"{format_seconds(train.seconds)}{rate}. Loss {format_figure(train.loss_first)} to "
+        f"{format_figure(train.loss_last)} nats per token. "
+        f"Peak memory {format_bytes(train.peak_rss_bytes)}."
+    )
+
+
+def _time_and_memory(report: RunReport) -> Iterator[str]:
+    if report.stages:
+        total = sum(stage.seconds for stage in report.stages)
+        rows = [[inline(stage.stage), format_seconds(stage.seconds)] for stage in report.stages]
+        yield table(("stage", "time"), [*rows, ["all", format_seconds(total)]], "lr")
+    if report.peak_rss_bytes:
+        yield f"Peak memory of the run: {format_bytes(report.peak_rss_bytes)}."
+
+
+def _data(report: RunReport) -> Iterator[str]:
+    yield "\n".join(_bullets(report.data_notes, depth=0))
+
+
+def _bullets(notes: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """A mapping as a nested list; floats as figures, lists on one line."""
+    for key, value in notes.items():
+        head = f"{'  ' * depth}- {inline(str(key))}"
+        if isinstance(value, Mapping):
+            yield f"{head}:" if value else f"{head}: none"
+            yield from _bullets(value, depth + 1)
+        else:
+            yield f"{head}: {_note(value)}"
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float):
+        return format_figure(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_note(item) for item in value) or "none"
+    return inline(str(value))
+
+
+def _versions(report: RunReport) -> Iterator[str]:
+    yield ", ".join(f"{inline(name)} {inline(text)}" for name, text in report.versions.items())
+
+
+def _run_it(report: RunReport) -> Iterator[str]:
+    """Commands for the published GGUF; Ollama resolves FROM against the Modelfile's folder."""
+    if report.export is None or not report.export.path.endswith(".gguf"):
+        return
+    path = shlex.quote(report.export.path)
+    stem = PurePath(report.export.path).stem.lower()
+    model = re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "qatlora"
+    yield "With llama.cpp, in the terminal or as a server with a web page at http://localhost:8080:"
+    yield fenced(f"llama-cli -m {path}\nllama-server -m {path} --port 8080", "sh")
+    yield "With Ollama:"
+    yield fenced(
+        f'echo FROM "$(realpath {path})" > Modelfile\n'
+        f"ollama create {model} -f Modelfile\n"
+        f"ollama show {model} --template  # is it the model's own?\n"
+        f"ollama run {model}",
+        "sh",
+    )
+
+
+def _settings(report: RunReport) -> Iterator[str]:
+    if report.settings:
+        yield fenced(json.dumps(plain(report.settings), indent=2, ensure_ascii=False), "json")
+
+
+def _plot(name: str, caption: str, plots: Collection[str]) -> str:
+    return f"![{caption}]({name})" if name in plots else ""

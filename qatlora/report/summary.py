@@ -1,0 +1,103 @@
+"""What a reader must see first, in plain text: the verdict and what the run did to the model."""
+
+from dataclasses import dataclass
+
+from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
+from qatlora.report.results import RunReport, TextResult
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome in one sentence.
+
+    Attributes:
+        headline: the sentence, without what is in `reasons`.
+        good: True for a guard that passed, False for one that failed, None where none ran.
+        reasons: one line per gate that failed, and the reason of an override.
+    """
+
+    headline: str
+    good: bool | None
+    reasons: list[str]
+
+
+def verdict(report: RunReport) -> Verdict:
+    """The verdict on `report`: what the guard said and whether a file was published."""
+    published = "published" if report.export else "nothing was published"
+    if report.guard is None:
+        return Verdict(f"No guard in this recipe; {published}.", None, [])
+    failed = [gate for gate in report.guard.gates if gate.status == "failed"]
+    skipped = [gate.name for gate in report.guard.gates if gate.status == "skipped"]
+    note = f" Skipped: {', '.join(skipped)}." if skipped else ""
+    if report.guard.passed and not failed:
+        return Verdict(f"Guard passed; {published}.{note}", True, [])
+    reasons = [f"{gate.name}: {gate.message}" for gate in failed]
+    if report.guard.override:
+        reasons.append(f"override: {report.guard.override}")
+        published = f"{published} by override" if report.export else published
+    names = ", ".join(gate.name for gate in failed) or "no gate is named"
+    return Verdict(f"Guard failed ({names}); {published}.{note}", False, reasons)
+
+
+def facts(report: RunReport) -> list[tuple[str, str]]:
+    """Pairs of a label and plain text: file, effect, forgetting; only those that are known."""
+    lines: list[tuple[str, str]] = []
+    if report.export:
+        size = format_bytes(report.export.bytes)
+        types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())
+        lines.append(("file", report.export.path))
+        lines.append(("size", f"{size}, tensors: {types}" if types else size))
+        lines.append(("sha256", report.export.sha256))
+    for text, results in report.texts.items():
+        final = next((name for name in ("merged", "trained") if name in results), None)
+        if "base" in results and final:
+            lines.append((f"{text} text", _course(results["base"], results[final], final)))
+    return lines
+
+
+def score_rows(report: RunReport) -> list[list[str]]:
+    """Cells of the table of perplexity and KLD, in the order of `SCORE_HEADER`."""
+    return [
+        [text, model, *_score_cells(result)]
+        for text, results in report.texts.items()
+        for model, result in results.items()
+    ]
+
+
+SCORE_HEADER = (
+    "text",
+    "model",
+    "tokens",
+    "perplexity",
+    "KLD mean",
+    "KLD median",
+    "KLD p99",
+    "same top",
+)
+
+
+def _score_cells(result: TextResult) -> list[str]:
+    stderr = result.perplexity * result.nll_stderr  # of exp(mean): first order in the mean's error
+    kld = result.kld
+    return [
+        format_figure(result.tokens),
+        f"{format_figure(result.perplexity, decimals=True)} ± {stderr:.2g}",
+        *(
+            format_figure(value, decimals=True)
+            for value in ((kld.mean, kld.median, kld.p99) if kld else (None, None, None))
+        ),
+        format_share(kld.same_top) if kld else MISSING,
+    ]
+
+
+def _course(base: TextResult, final: TextResult, name: str) -> str:
+    course = (
+        f"perplexity {format_figure(base.perplexity, decimals=True)} (base) to "
+        f"{format_figure(final.perplexity, decimals=True)} ({name})"
+    )
+    if base.kld and final.kld:
+        course += (
+            f", mean KLD to the teacher {format_figure(base.kld.mean)} to "
+            f"{format_figure(final.kld.mean)} nats per token"
+        )
+    return course
