@@ -66,12 +66,13 @@ Hydra's own flags: --hydra-help."""
 def main() -> None:
     """Run one recipe, or a sweep of it; always ends in `SystemExit` when something failed."""
     _quiet_libraries()
-    arguments = sys.argv[1:]
+    arguments = [_expand_home(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = arguments  # Hydra reads them there
     try:
         if {"-h", "--help"} & set(arguments):
             print(_help())
             return
-        _register(shipped("recipes"))
+        register_recipes(shipped("recipes"))
         _check_choices_are_named(arguments)
         _run_hydra()
     except KeyboardInterrupt:
@@ -92,7 +93,13 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _register(recipes: Path) -> None:
+def _expand_home(argument: str) -> str:
+    """`base.path=~/model`: no shell expands it there, and Hydra's grammar refuses the tilde."""
+    key, equals, value = argument.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else argument
+
+
+def register_recipes(recipes: Path) -> None:
     """Make the schema and each file of `recipes` known to Hydra.
 
     Hydra looks for a group in a folder of the same name below conf/; the store is its other way.
@@ -154,9 +161,9 @@ def _run_pipeline(cfg: DictConfig) -> None:
         with contextlib.suppress(OSError):
             output_dir.rmdir()  # Hydra makes it before it calls us; a typo should leave nothing
         raise
-    from qatlora import pipeline  # imports torch: only for a run that will take place
+    from qatlora.pipeline import run  # imports torch: only for a run that will take place
 
-    pipeline.run(settings)
+    run(settings)
 
 
 def _report_failed_job(error: QatloraError | OSError) -> None:
@@ -194,8 +201,9 @@ def _explain_composition(error: HydraException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice}: no such {group}; {closest(choice, error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not understood: settings are given as KEY=VALUE. " + (
-            "Quote a value that holds spaces, commas or brackets, as in 'run_dir=\"my run\"'."
+        return (
+            f"{error.override!r} is not understood: settings are given as KEY=VALUE. Quote a value "
+            "that holds commas or brackets, as in 'run_dir=\"my,run\"'."
         )
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, key = cause.full_key.rpartition(".")

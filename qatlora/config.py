@@ -305,7 +305,10 @@ class RootConfig:
 
 
 def to_dataclasses(cfg: DictConfig) -> RootConfig:
-    """Resolve the composed config into dataclass objects and settle which base is meant.
+    """Resolve the composed config into dataclass objects.
+
+    Paths become absolute (read from the current folder, `~` expanded), and it is settled which base
+    is meant.
 
     Raises:
         ConfigError: A key was added that the schema does not have, or an interpolation fails.
@@ -318,6 +321,7 @@ def to_dataclasses(cfg: DictConfig) -> RootConfig:
         raise ConfigError(f"{error.full_key}: {reason}. Set {error.full_key}=VALUE.") from error
     if not isinstance(root, RootConfig):
         raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")
+    _settle_paths(root)
     _settle_base(root.base)
     return root
 
@@ -332,6 +336,12 @@ def _refuse_added_keys(cfg: DictConfig, schema: DictConfig, prefix: str = "") ->
             )
         if OmegaConf.is_dict(schema[key]):
             _refuse_added_keys(cfg[key], schema[key], f"{prefix}{key}.")
+
+
+def _settle_paths(root: RootConfig) -> None:
+    for section in (root.base, root.adapter, root.data, root.teacher):
+        if section.path is not None:
+            section.path = str(Path(section.path).expanduser().absolute())
 
 
 def _settle_base(base: BaseConfig) -> None:

@@ -125,10 +125,10 @@ def _check_base(base: BaseConfig) -> None:
             "base.path is empty: a run needs a base. Give base.path=FOLDER (a Hugging Face "
             "checkpoint) or base.path=FILE.gguf, or an embedded one, base=gemma3_270m."
         )
-    if base.path and not Path(base.path).expanduser().exists():
+    if base.path and not Path(base.path).exists():
         raise ConfigError(
-            f"base.path={base.path}: no such file or folder (looked from {Path.cwd()}). "
-            "Give the folder of a Hugging Face checkpoint or a GGUF file."
+            f"base.path={base.path}: no such file or folder. Give the folder of a Hugging Face "
+            "checkpoint or a GGUF file."
         )
     for pattern in base.trained or []:
         try:
@@ -159,11 +159,11 @@ def _check_adapter(cfg: RootConfig) -> None:
             "Give adapter.path=RUN_FOLDER/adapter."
         )
     if adapter.path is not None:
-        config_file = Path(adapter.path).expanduser() / "adapter_config.json"
+        config_file = Path(adapter.path) / "adapter_config.json"
         if not config_file.is_file():
             raise ConfigError(
-                f"adapter.path={adapter.path}: there is no {config_file.name} in it (looked from "
-                f"{Path.cwd()}). Give the adapter folder of a finished run."
+                f"adapter.path={adapter.path}: there is no {config_file.name} in it. "
+                "Give the adapter folder of a finished run."
             )
 
 
@@ -172,10 +172,10 @@ def _check_data(cfg: RootConfig) -> None:
     if data.kind is DataKind.jsonl:
         if data.path is None:
             raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
-        if not Path(data.path).expanduser().is_file():
+        if not Path(data.path).is_file():
             raise ConfigError(
-                f"data.path={data.path}: no such file (looked from {Path.cwd()}). Give a JSONL "
-                'file with one {"messages": [...]} per line.'
+                f"data.path={data.path}: no such file. Give a JSONL file with "
+                'one {"messages": [...]} per line.'
             )
     elif data.path is not None:
         raise ConfigError(

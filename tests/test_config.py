@@ -1,0 +1,196 @@
+import dataclasses
+import re
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qatlora.__main__ import register_recipes
+from qatlora.config import (
+    STAGES,
+    AdapterKind,
+    DataKind,
+    RootConfig,
+    Rounding,
+    Storage,
+    TeacherKind,
+    to_dataclasses,
+)
+from qatlora.config_rules import validate
+from qatlora.errors import ConfigError
+from qatlora.paths import shipped
+
+RECIPES = sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in shipped("conf").glob("*/*.yaml")
+    if path.parent.name != "hydra"
+)
+REMEDY = r"\b(set|use|give|add|raise|change|choose|correct|reorder|did you mean|must be)\b"
+
+
+def compose(*overrides: str) -> DictConfig:
+    register_recipes(shipped("recipes"))
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        del cfg["hydra"]  # as Hydra does before it calls the run
+    cfg.run_dir = "runs/test"
+    return cfg
+
+
+def settings(*overrides: str) -> RootConfig:
+    return to_dataclasses(compose("recipe=chat_sft", *overrides))
+
+
+@pytest.fixture(scope="module")
+def valid() -> RootConfig:
+    return settings()
+
+
+def change(root: RootConfig, key: str, value: object) -> RootConfig:
+    """A copy of `root` in which the setting `section.name` (or `name`) has another value."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(root, **{name: value})
+    part = dataclasses.replace(getattr(root, section), **{name: value})
+    return dataclasses.replace(root, **{section: part})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_and_has_a_full_card_and_known_stages(recipe):
+    root = to_dataclasses(compose(f"recipe={recipe}"))
+    assert all(dataclasses.asdict(root.card).values())
+    assert root.stages == [stage for stage in STAGES if stage in root.stages]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes_and_says_what_it_is(choice):
+    group, name = choice.split("=")
+    section = getattr(settings(choice), group)
+    assert not hasattr(section, "kind") or section.kind.name == name
+    first_line = (shipped("conf") / group / f"{name}.yaml").read_text().splitlines()[0]
+    assert first_line.startswith("# ")
+
+
+def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_lora(valid):
+    validate(valid)
+    assert valid.base.embedded == valid.base.name == "gemma3_270m"
+    assert valid.storage.kind is Storage.nf4
+    assert valid.adapter.kind is AdapterKind.lora
+    assert valid.adapter.alpha != valid.adapter.rank
+
+
+def test_a_path_alone_displaces_the_embedded_base_and_names_the_run(tmp_path):
+    root = settings(f"base.path={tmp_path}/Model-7B.gguf")
+    assert (root.base.embedded, root.base.name) == (None, "Model-7B")
+
+
+def test_a_given_name_is_kept_with_a_path(tmp_path):
+    assert settings(f"base.path={tmp_path}", "base.name=mine").base.name == "mine"
+
+
+def test_paths_are_read_from_the_current_folder_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    root = settings("base.path=models/one", "data=jsonl", 'data.path="~/chats.jsonl"')
+    assert root.base.path == str(tmp_path / "models/one")
+    assert root.data.path == "/home/somebody/chats.jsonl"
+
+
+def test_every_setting_of_a_group_file_is_one_that_the_schema_documents():
+    for path in shipped("conf").glob("*/*.yaml"):
+        section = OmegaConf.structured(RootConfig)[path.parent.name]
+        assert set(OmegaConf.load(path)) <= set(section)
+
+
+def test_every_section_says_what_it_is_for():
+    for field in dataclasses.fields(RootConfig):
+        if dataclasses.is_dataclass(field.type):
+            automatic = f"{field.type.__name__}("  # dataclass repeats the signature
+            assert not (field.type.__doc__ or automatic).startswith(automatic)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("adapter.rank", 0, "at least 1"),
+        ("adapter.rank", -3, "at least 1"),
+        ("adapter.steps_rank", 0, "at least 1"),
+        ("adapter.alpha", 0.0, "greater than 0"),
+        ("adapter.alpha", float("nan"), "greater than 0"),
+        ("train.max_steps", 0, "at least 1"),
+        ("train.learning_rate", float("inf"), "greater than 0"),
+        ("train.micro_batch_rows", 3, "must divide train.rows_per_step=2"),
+        ("train.warmup_ratio", 1.0, "below 1"),
+        ("train.device", "gpu", "auto, cpu, cuda"),
+        ("teacher.kl_weight", -0.1, "at least 0"),
+        ("teacher.kind", TeacherKind.none, "need a teacher"),
+        ("teacher.temperature", 0.0, "greater than 0"),
+        ("data.replay_rows_per_step", 0, "replayed rows"),
+        ("data.path", "/nowhere.jsonl", "reads no file"),
+        ("base.path", "/nowhere", "no such file or folder"),
+        ("base.embedded", None, "needs a base"),
+        ("base.trained", ["("], "no regular expression"),
+        ("adapter.path", "/nowhere", "adapter_config.json"),
+        ("export.file_name", "../x.gguf", "plain name"),
+        ("export.file_name", "model.bin", "ends in .gguf"),
+        ("stages", [], "recipe=NAME"),
+        ("stages", ["load_bases"], "did you mean load_base?"),
+        ("stages", ["train", "attach"], "only in the order"),
+        ("stages", ["train", "train"], "once each"),
+        ("stages", ["publish"], "passed the guard"),
+    ],
+)
+def test_a_broken_rule_names_key_value_and_remedy(valid, key, value, words):
+    with pytest.raises(ConfigError) as caught:
+        validate(change(valid, key, value))
+    message = str(caught.value)
+    assert words in message
+    assert key.rpartition(".")[2] in message
+    assert re.search(REMEDY, message.lower())
+
+
+def test_jsonl_data_needs_a_file(valid, tmp_path):
+    jsonl = change(valid, "data.kind", DataKind.jsonl)
+    for path in (None, str(tmp_path / "absent.jsonl"), str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"data\.path=.*JSONL|give data\.path="):
+            validate(change(jsonl, "data.path", path))
+
+
+def test_exporting_without_training_needs_a_saved_adapter(valid):
+    with pytest.raises(ConfigError, match="adapter.path=RUN_FOLDER/adapter"):
+        validate(change(valid, "stages", ["attach", "write_candidate"]))
+
+
+def test_the_reference_rule_is_for_lora_only(valid):
+    reference = change(valid, "adapter.rounding", Rounding.reference)
+    validate(reference)
+    for kind in (AdapterKind.steps, AdapterKind.both):
+        with pytest.raises(ConfigError, match="adapter.rounding=reference"):
+            validate(change(reference, "adapter.kind", kind))
+
+
+def test_a_run_that_would_train_nothing_is_refused(valid):
+    nothing = change(change(valid, "teacher.kl_weight", 0.0), "teacher.general_kl_weight", 0.0)
+    validate(nothing)
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        validate(change(nothing, "teacher.ce_weight", 0.0))
+
+
+def test_a_path_and_a_hub_id_together_are_refused(valid, tmp_path):
+    both = change(change(valid, "base.path", str(tmp_path)), "base.hub_id", "org/model")
+    with pytest.raises(ConfigError, match="one base"):
+        validate(both)
+
+
+def test_a_key_that_the_schema_lacks_cannot_be_added():
+    with pytest.raises(ConfigError, match=r"train\.speed.*no such setting"):
+        settings("+train.speed=9")
+
+
+def test_an_interpolation_that_leads_nowhere_names_its_key():
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
+        settings("train.max_steps=${nowhere}")
