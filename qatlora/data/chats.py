@@ -29,19 +29,27 @@ _EXAMPLE = (
 
 
 class Chats(Protocol):
-    """A set of conversations that can be read one by one.
+    """A set of conversations that can be read one by one."""
 
-    Attributes:
-        name: what the report calls it.
-        licence: of the text.
-        digests: 64 bits per conversation that depend on what is said only; equal for duplicates.
-        dropped: reason -> conversations that were left out when the set was opened.
-    """
+    @property
+    def name(self) -> str:
+        """What the report calls the set."""
+        ...
 
-    name: str
-    licence: str
-    digests: Sequence[int]
-    dropped: dict[str, int]
+    @property
+    def licence(self) -> str:
+        """Licence of the text."""
+        ...
+
+    @property
+    def digests(self) -> Sequence[int]:
+        """64 bits per conversation that depend on what is said only; equal for copies."""
+        ...
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> conversations that were left out when the set was opened."""
+        ...
 
     def __len__(self) -> int:
         """Number of conversations."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -133,7 +134,7 @@ class ChatEncoder:
         """Ids and assistant mask of each whole conversation, BOS in front where it belongs."""
         if not conversations:
             return []
-        encoded = self.tokenizer.apply_chat_template(
+        encoded: Any = self.tokenizer.apply_chat_template(
             [self.with_system_prompt(each) for each in conversations],
             chat_template=self.template,
             return_dict=True,
@@ -168,7 +169,8 @@ class ChatEncoder:
         return Encoded(row, num_cut_tokens=ends[-1] - length)
 
     def _plain_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     @cached_property
     def _bos(self) -> int | None:

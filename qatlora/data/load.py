@@ -53,12 +53,7 @@ def load_data(
         ConfigError: the settings contradict each other.
     """
     num_replay_rows = settings.replay_rows_per_step
-    num_chat_rows = rows_per_step - num_replay_rows
-    if num_chat_rows < 1:
-        raise ConfigError(
-            f"data.replay_rows_per_step={num_replay_rows} leaves no room for a conversation in "
-            f"train.rows_per_step={rows_per_step}. Raise train.rows_per_step."
-        )
+    num_chat_rows = _num_chat_rows(settings, rows_per_step)
     max_length = settings.max_length_tokens
     template = training_template(tokenizer)
     encoder = ChatEncoder(tokenizer, template, max_length, settings.system_prompt)
@@ -106,8 +101,8 @@ def split_conversations(chats: Chats, max_held_out: int) -> tuple[list[int], lis
     num_held_out = min(max_held_out, max(1, int(_MAX_HELD_OUT_SHARE * len(different))))
     limit = different[num_held_out - 1]
     training = [i for i, digest in enumerate(chats.digests) if digest > limit]
-    first_copies = {digest: i for i, digest in reversed(list(enumerate(chats.digests)))}
-    return training, [first_copies[digest] for digest in different[:num_held_out]]
+    held_out = {digest: i for i, digest in enumerate(chats.digests) if digest <= limit}
+    return training, [held_out[digest] for digest in different[:num_held_out]]
 
 
 def interleave(chat: Sequence[Row], replay: Sequence[Row], num_steps: int) -> list[Row]:
@@ -129,6 +124,16 @@ def count(rows: Sequence[Row], max_length: int) -> dict[str, float]:
         "scored_tokens": sum(row.num_scored_tokens for row in rows),
         "padding_share": round(1 - num_tokens / (len(rows) * max_length), 4),
     }
+
+
+def _num_chat_rows(settings: DataConfig, rows_per_step: int) -> int:
+    num_chat_rows = rows_per_step - settings.replay_rows_per_step
+    if num_chat_rows < 1:
+        raise ConfigError(
+            f"data.replay_rows_per_step={settings.replay_rows_per_step} leaves no room for a "
+            f"conversation in train.rows_per_step={rows_per_step}. Raise train.rows_per_step."
+        )
+    return num_chat_rows
 
 
 def _open_chats(settings: DataConfig, rules: TurnRules) -> Chats:

@@ -19,7 +19,6 @@ transformers' sandboxed `apply_chat_template`.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -143,7 +142,7 @@ def render(
         DataError: the template is not valid Jinja, fails, or uses what the sandbox forbids.
     """
     try:
-        text: Any = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             conversation,
             chat_template=template,
             tokenize=False,
