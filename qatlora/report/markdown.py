@@ -89,7 +89,7 @@ def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if rows:
         yield (
             "Held-out text. KLD is KL(teacher || model) in nats per token; same top is the share "
-            "of tokens whose likeliest next token is the teacher's. After ± stands the standard error."
+            "of tokens whose likeliest next token is the teacher's; ± is one standard error."
         )
         yield table(SCORE_HEADER, rows, "llrrrrrr")
     yield _plot(KLD_PLOT, "Distribution of the per-token KLD to the teacher", plots)

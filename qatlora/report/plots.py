@@ -16,7 +16,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from qatlora.files import replacing
 from qatlora.report.changes import KindChange, changes_by_kind
-from qatlora.report.formatting import format_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
 
 LOSS_PLOT = "loss.png"
@@ -206,7 +205,7 @@ def _draw_course(
     axis.plot(steps, values, "-", color=color, linewidth=0.8, alpha=0.3)
     axis.plot(
         steps, list(_running_mean(values, width)), style, color=color, linewidth=2,
-        label=f"{label}, mean over {width}",
+        label=f"{label}, {width}-step mean",
     )  # fmt: skip
 
 
@@ -225,7 +224,7 @@ def _running_mean(values: Sequence[float], width: int) -> Iterator[float]:
 def _kld_label(model: str, result: TextResult) -> str:
     if result.kld is None:
         return model
-    mean, median = format_figure(result.kld.mean), format_figure(result.kld.median)
+    mean, median = (f"{value:.3g}" for value in (result.kld.mean, result.kld.median))
     return f"{model} (mean {mean}, median {median})"
 
 

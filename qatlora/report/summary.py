@@ -97,7 +97,7 @@ def _course(base: TextResult, final: TextResult, name: str) -> str:
     )
     if base.kld and final.kld:
         course += (
-            f", mean KLD to the teacher {format_figure(base.kld.mean)} to "
-            f"{format_figure(final.kld.mean)} nats per token"
+            f", mean KLD to the teacher {format_figure(base.kld.mean, decimals=True)} to "
+            f"{format_figure(final.kld.mean, decimals=True)} nats per token"
         )
     return course

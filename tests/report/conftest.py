@@ -36,7 +36,7 @@ TENSORS = (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_report() -> RunReport:
     """A chat_sft run that passed."""
     rng = random.Random(7)
@@ -82,7 +82,7 @@ def run_report() -> RunReport:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def failed_report(run_report: RunReport) -> RunReport:
     """The same run, stopped by the drift gate: nothing was published."""
     gates = list(run_report.guard.gates)
@@ -92,7 +92,7 @@ def failed_report(run_report: RunReport) -> RunReport:
     return replace(run_report, guard=GuardResult(False, gates), export=None)
 
 
-@pytest.fixture()
+@pytest.fixture
 def bare_report() -> RunReport:
     """A recipe that only loads a base: every other part is missing."""
     return RunReport(recipe="inspect", base=BaseResult("local", "q4_0", 1000, 1.0, "c" * 64))
