@@ -142,7 +142,7 @@ def render(
         DataError: the template is not valid Jinja, fails, or uses what the sandbox forbids.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             conversation,
             chat_template=template,
             tokenize=False,
@@ -158,7 +158,7 @@ def render(
             f"{type(error).__name__}: {error}. Correct chat_template.jinja in the checkpoint's "
             "folder."
         ) from error
-    return text
+    return str(text)  # always one: it is neither a batch nor tokenized
 
 
 def _render_probes(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str | None]:
