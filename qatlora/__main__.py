@@ -230,7 +230,9 @@ def _recipe_names() -> list[str]:
 
 
 def _group_choices() -> dict[str, list[str]]:
+    """Our groups; conf/hydra/, where there is one, configures Hydra itself."""
     folders = sorted(folder for folder in shipped("conf").iterdir() if folder.is_dir())
+    folders = [folder for folder in folders if folder.name != "hydra"]
     return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 

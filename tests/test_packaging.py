@@ -34,6 +34,21 @@ def test_the_pins_name_no_cuda_library():
     assert not [name for name in pins() if name.startswith(("nvidia", "cuda", "triton"))]
 
 
+@pytest.mark.parametrize(
+    ("marker", "words"),
+    [
+        ("<!-- ci: tests -->", ["-c constraints.txt", "demo,test", "pytest"]),
+        ("<!-- ci: main job -->", ["-c constraints.txt", "demo", "recipe=chat_sft"]),
+    ],
+)
+def test_the_readme_installs_and_runs_with_one_line_each(marker, words):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(re.escape(marker) + r"\s*```bash\n(.*?)\n```", readme, re.DOTALL)
+    assert block, f"README.md has no bash block after {marker}"
+    assert "\n" not in block.group(1)
+    assert all(word in block.group(1) for word in words)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
