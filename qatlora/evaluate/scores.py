@@ -1,0 +1,199 @@
+"""Scores per token, from final hidden states: nats of the text and of the KL from a reference.
+
+The vocabulary is walked in tiles of [C tokens, n words]; per token only the running maximum, the
+sum of exponentials and the weighted difference of logits are kept (a streaming log-sum-exp):
+
+    KL(ref || model) = sum_w p_w (a_w - b_w) - (logsumexp(a) - logsumexp(b))
+
+with logits a of the reference, b of the model and p = softmax(a). It is exactly 0 for identical
+states and heads, because every tile's difference is. Logits carry fp32 sums of the products
+(see qatlora.distill.matmul), sums of a tile are fp32, sums over tiles float64.
+
+Definitions are those of llama.cpp's llama-perplexity --kl-divergence (tools/perplexity/
+perplexity.cpp), which leaves words below exp(-16) out of its sums; here nothing is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qatlora.distill import LmHead
+from qatlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores are computed; the results depend on it by rounding only.
+
+    Attributes:
+        batch_tokens: tokens, padding included, of a forward; a longer window goes alone.
+        chunk_tokens: tokens of a tile.
+        chunk_words: words of a tile.
+        compute_dtype: of products with the head, and of kept hidden states: bfloat16 or float32.
+        autocast: run the model's forward under autocast to `compute_dtype` (bfloat16 only).
+    """
+
+    batch_tokens: int = 2048
+    chunk_tokens: int = 512
+    chunk_words: int = 4096
+    compute_dtype: torch.dtype = torch.bfloat16
+    autocast: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes without a meaning."""
+        for name in ("batch_tokens", "chunk_tokens", "chunk_words"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of n tokens in text order, on the CPU.
+
+    Attributes:
+        nll: float32 [n], -log P(token), nats.
+        kld: float32 [n], KL(reference || model), nats; None without a reference.
+        same_top: bool [n], both models have the same most probable word; None without a reference.
+        reference_nll: float32 [n], -log P_reference(token); None without a reference.
+    """
+
+    nll: Tensor
+    kld: Tensor | None = None
+    same_top: Tensor | None = None
+    reference_nll: Tensor | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
+        """Join scores of consecutive tokens."""
+        columns = [
+            None if any(part is None for part in column) else torch.cat(column)
+            for column in (
+                [part.nll for part in parts],
+                [part.kld for part in parts],
+                [part.same_top for part in parts],
+                [part.reference_nll for part in parts],
+            )
+        ]
+        return cls(*columns)
+
+
+def score_tokens(
+    hidden: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    reference_hidden: Tensor | None = None,
+    reference_head: LmHead | None = None,
+    settings: ScoreSettings | None = None,
+) -> TokenScores:
+    """Score the words that follow n hidden states.
+
+    Args:
+        hidden: [n, H], any float dtype and device; moved to the head's device chunk by chunk.
+        head: the model's head.
+        targets: [n] int64, the word that follows each state.
+        reference_hidden: [n, H'] of the reference for the same tokens, or None for no divergence.
+        reference_head: the reference's head; given together with its states.
+        settings: tile sizes and compute dtype.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
+    settings = settings or ScoreSettings()
+    if reference_head is not None and reference_head.vocab_size != head.vocab_size:
+        raise ConfigError(
+            f"The reference has {reference_head.vocab_size} words, the model {head.vocab_size}: "
+            "their probabilities cannot be compared. Use a reference with the model's tokenizer "
+            "and the same padding of the vocabulary."
+        )
+    device = head.weight.device
+    parts = []
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        for start in range(0, len(hidden), settings.chunk_tokens):
+            chunk = slice(start, start + settings.chunk_tokens)
+            own = hidden[chunk].to(device)
+            wanted = targets[chunk].to(device)
+            if reference_hidden is None or reference_head is None:
+                parts.append(_score_alone(own, head, wanted, settings))
+            else:
+                other = reference_hidden[chunk].to(device)
+                parts.append(_score_pair(own, head, wanted, other, reference_head, settings))
+    return TokenScores.concatenate(parts)
+
+
+class _StreamingSoftmax:
+    """Running maximum, its word, and sum of exponentials of each row, tile by tile."""
+
+    def __init__(self, targets: Tensor):
+        self._targets = targets
+        rows = len(targets)
+        self.top = targets.new_full((rows,), -torch.inf, dtype=torch.float32)
+        self.top_word = torch.zeros_like(targets)
+        self.sum_exp = targets.new_zeros(rows, dtype=torch.float64)
+        self.target_logit = torch.zeros_like(self.top)
+
+    def add(self, tile: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Take in the logits [C, n] of the words from `start` on; they are not changed.
+
+        Returns:
+            (exp(tile - new maximum) [C, n], factor [C] float64 by which what was summed before
+            has to be rescaled).
+        """
+        tile_top = tile.amax(dim=1)
+        higher = (tile_top > self.top).nonzero().squeeze(1)
+        if len(higher):  # few rows after the first tiles: argmax is slow, amax is not
+            self.top_word[higher] = tile[higher].argmax(dim=1) + start
+        top = torch.maximum(self.top, tile_top)
+        factor = torch.exp((self.top - top).double())
+        exponentials = torch.sub(tile, top.unsqueeze(1)).exp_()
+        self.sum_exp = self.sum_exp * factor + exponentials.sum(dim=1)
+        self.top = top
+        column = self._targets - start
+        inside = (column >= 0) & (column < tile.shape[1])
+        found = tile.gather(1, column.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        self.target_logit = torch.where(inside, found, self.target_logit)
+        return exponentials, factor
+
+    def nll(self) -> Tensor:
+        """-log P(target), float32 [C]."""
+        return (self.sum_exp.log() + (self.top - self.target_logit).double()).float()
+
+
+def _score_alone(
+    hidden: Tensor, head: LmHead, targets: Tensor, settings: ScoreSettings
+) -> TokenScores:
+    softmax = _StreamingSoftmax(targets)
+    for start in range(0, head.vocab_size, settings.chunk_words):
+        tile = head.logits_of_words(hidden, start, settings.chunk_words, settings.compute_dtype)
+        softmax.add(tile, start)
+    return TokenScores(softmax.nll().cpu())
+
+
+def _score_pair(
+    hidden: Tensor,
+    head: LmHead,
+    targets: Tensor,
+    reference_hidden: Tensor,
+    reference_head: LmHead,
+    settings: ScoreSettings,
+) -> TokenScores:
+    model, reference = _StreamingSoftmax(targets), _StreamingSoftmax(targets)
+    weighted = torch.zeros_like(model.sum_exp)  # sum of exp(a - max a) * (a - b)
+    words, dtype = settings.chunk_words, settings.compute_dtype
+    for start in range(0, head.vocab_size, words):
+        b = head.logits_of_words(hidden, start, words, dtype)
+        a = reference_head.logits_of_words(reference_hidden, start, words, dtype)
+        model.add(b, start)
+        exponentials, factor = reference.add(a, start)
+        difference = exponentials.mul_(a.sub_(b)).sum(dim=1)
+        weighted = weighted * factor + difference
+    mean_difference = weighted / reference.sum_exp
+    log_sums = reference.sum_exp.log() - model.sum_exp.log()
+    kld = mean_difference - log_sums - (reference.top - model.top).double()
+    return TokenScores(
+        model.nll().cpu(),
+        kld.float().cpu(),
+        (model.top_word == reference.top_word).cpu(),
+        reference.nll().cpu(),
+    )

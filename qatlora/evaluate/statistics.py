@@ -1,0 +1,152 @@
+"""Statistics over tokens, as llama-perplexity --kl-divergence prints them.
+
+Source: llama.cpp, tools/perplexity/perplexity.cpp, `kl_divergence`: standard error of a mean
+sqrt((E[x^2] - E[x]^2) / (n - 1)); percentiles by linear interpolation at fraction * (n - 1), in
+float32; same-top share with sqrt(p (1 - p) / (n - 1)). Sums are float64. Two differences: standard
+errors are given for 10 tokens or fewer too (the tool prints 0 there, which a guard would take for
+certainty), and perplexities come from the tokens that were scored, not from half windows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qatlora.errors import DataError
+from qatlora.evaluate.scores import TokenScores
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tokens and its standard error, in the unit of its values."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class KldSummary:
+    """KL(reference || model) over tokens, nats per token; shares and probabilities in 0..1.
+
+    Attributes:
+        mean, mean_stderr, median, p90, p95, p99, p999, max: of the divergence per token.
+        same_top, same_top_stderr: share of tokens with the same most probable word.
+        rms_dp, rms_dp_stderr: root mean square of P_model(token) - P_reference(token).
+    """
+
+    mean: float
+    mean_stderr: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    max: float
+    same_top: float
+    same_top_stderr: float
+    rms_dp: float
+    rms_dp_stderr: float
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """A model on a text.
+
+    Attributes:
+        num_tokens: scored tokens.
+        mean_nll, nll_stderr: nats per token.
+        perplexity: exp(mean_nll).
+        kld: divergence from the reference, None without one.
+    """
+
+    num_tokens: int
+    mean_nll: float
+    nll_stderr: float
+    perplexity: float
+    kld: KldSummary | None = None
+
+    @property
+    def perplexity_stderr(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.nll_stderr
+
+
+def summarize(scores: TokenScores) -> TextScores:
+    """Reduce scores per token to the statistics of a text.
+
+    Raises:
+        DataError: fewer than two tokens were scored.
+    """
+    nll = mean_of(scores.nll)
+    kld = None
+    if scores.kld is not None and scores.same_top is not None and scores.reference_nll is not None:
+        kld = _summarize_kld(scores.kld, scores.same_top, scores.nll, scores.reference_nll)
+    return TextScores(len(scores.nll), nll.value, nll.stderr, _exp(nll.value), kld)
+
+
+def mean_of(values: Tensor) -> Mean:
+    """Mean and standard error of values [n], n >= 2."""
+    if len(values) < 2:
+        raise DataError(
+            f"{len(values)} tokens were scored: a standard error needs at least 2. "
+            "Give a longer held-out text."
+        )
+    values = values.double()
+    value = values.mean().item()
+    return Mean(value, values.std(correction=1).item() / math.sqrt(len(values)))
+
+
+def mean_difference(nll: Tensor, other_nll: Tensor) -> Mean:
+    """Paired difference mean(nll - other_nll) of two models on the same tokens [n], in nats.
+
+    Paired, because most of the spread between tokens is common to both models: the standard error
+    is far below that of either mean. Equals llama-perplexity's "Mean ln(PPL(Q)/PPL(base))".
+
+    Raises:
+        DataError: the numbers of tokens differ, or fewer than two.
+    """
+    if nll.shape != other_nll.shape:
+        raise DataError(
+            f"{len(nll)} tokens cannot be paired with {len(other_nll)}: both models must be "
+            "scored on the same rows with the same tokenizer."
+        )
+    return mean_of(nll.double() - other_nll.double())
+
+
+def percentile(sorted_values: Tensor, fraction: float) -> float:
+    """Linear interpolation at fraction * (n - 1) of ascending float32 values, like llama.cpp."""
+    values = sorted_values.numpy()
+    position = np.float32(fraction) * np.float32(len(values) - 1)
+    index = int(position)
+    rest = np.float32(position - np.float32(index))
+    above = values[min(index + 1, len(values) - 1)]
+    return float((np.float32(1) - rest) * values[index] + rest * above)
+
+
+def _summarize_kld(kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Tensor) -> KldSummary:
+    mean, top = mean_of(kld), mean_of(same_top)
+    ordered = kld.float().sort().values
+    squared_dp = (torch.exp(-nll.double()) - torch.exp(-reference_nll.double())).square()
+    mean_square = mean_of(squared_dp)
+    rms_dp = math.sqrt(mean_square.value)
+    return KldSummary(
+        mean=mean.value,
+        mean_stderr=mean.stderr,
+        median=percentile(ordered, 0.5),
+        p90=percentile(ordered, 0.9),
+        p95=percentile(ordered, 0.95),
+        p99=percentile(ordered, 0.99),
+        p999=percentile(ordered, 0.999),
+        max=ordered[-1].item(),
+        same_top=top.value,
+        same_top_stderr=top.stderr,
+        rms_dp=rms_dp,
+        rms_dp_stderr=0.5 / rms_dp * mean_square.stderr if rms_dp else 0.0,
+    )
+
+
+def _exp(mean_nll: float) -> float:
+    """exp, infinite where a double overflows: a broken model is a figure, not a crash."""
+    return math.exp(mean_nll) if mean_nll < 709 else math.inf
