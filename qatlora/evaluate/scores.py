@@ -109,7 +109,7 @@ def score_tokens(
         )
     device = head.weight.device
     parts = []
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(hidden), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             own = hidden[chunk].to(device)
