@@ -5,10 +5,13 @@ from qatlora.grid.format import (
     decode,
     digest,
     encode_reference,
+    latents,
     nearest_levels,
     pack,
     unpack,
 )
+from qatlora.grid.recover import Recovered, explains, recover
+from qatlora.grid.search import search_steps
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
@@ -16,11 +19,16 @@ __all__ = [
     "LEVEL_MAX",
     "LEVEL_MIN",
     "Q4Blocks",
+    "Recovered",
     "decode",
     "digest",
     "dither",
     "encode_reference",
+    "explains",
+    "latents",
     "nearest_levels",
     "pack",
+    "recover",
+    "search_steps",
     "unpack",
 ]

@@ -14,6 +14,7 @@ llama-cpp-python 0.3.36); gguf-py gguf/quants.py, class Q4_0 (0.19).
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def encode_reference(weight: Tensor) -> Q4Blocks:
     def encode(span: slice) -> None:
         steps[span], levels[span] = _encode_blocks(flat[span].float())
 
-    for_each_span(len(flat), flat.device, encode, buffers=3)
+    for_each_span(len(flat), flat.device, encode)
     return join_blocks(steps, levels, weight.shape)
 
 
@@ -96,6 +97,16 @@ def nearest_levels(latents: Tensor) -> Tensor:
     return latents.round().clamp_(LEVEL_MIN, LEVEL_MAX).to(torch.int8)
 
 
+def latents(weight: Tensor, steps: Tensor) -> Tensor:
+    """Return a weight [..., in] in units of its steps [..., in / 32]: fp32, 0 where the step is 0.
+
+    Divided, not multiplied by a reciprocal: a decoded level divides to itself exactly.
+    """
+    blocks = weight.float().reshape(*steps.shape, BLOCK_SIZE)
+    quotients = (blocks / steps.float().unsqueeze(-1)).masked_fill_(steps.unsqueeze(-1) == 0, 0.0)
+    return quotients.view(weight.shape)
+
+
 def split_blocks(weight: Tensor) -> Tensor:
     """View a weight [..., in] as blocks [n, 32], without its gradient.
 
@@ -137,15 +148,25 @@ def first_peaks(values: Tensor) -> Tensor:
         GridError: a value is not finite.
     """
     high, low = values.amax(-1), values.amin(-1)
+    check_finite(torch.maximum(high, -low))
     peaks = torch.where(high > -low, high, low)
-    if not bool(torch.isfinite(peaks).all()):
-        raise GridError(
-            "A weight is infinite or not a number, which has no place on the Q4_0 grid; the "
-            "checkpoint is damaged or overflowed while it was merged. Load it again from its "
-            "source, or merge in fp32."
-        )
     tied = torch.nonzero(high == -low).squeeze(1)
     if len(tied):  # argmax is ten times slower than amax, and ties are rare
         first = values[tied].abs().argmax(-1, keepdim=True)
         peaks[tied] = values[tied].gather(1, first).squeeze(1)
     return peaks.add_(0.0)  # -0.0 becomes +0.0
+
+
+def check_finite(peaks: Tensor) -> Tensor:
+    """Return the peaks of the blocks, which are finite if all weights are.
+
+    Raises:
+        GridError: one is not.
+    """
+    if len(peaks) and not math.isfinite(peaks.amax().item()):
+        raise GridError(
+            "A weight is infinite or not a number, which has no place on the Q4_0 grid; the "
+            "checkpoint is damaged or overflowed while it was merged. Load it again from its "
+            "source, or merge in fp32."
+        )
+    return peaks
