@@ -7,6 +7,7 @@ Shapes: T tokens, H hidden size, V words of the vocabulary.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class LmHead:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LmHead":
+    def of(cls, model: Any) -> "LmHead":
         """Take the head of a Hugging Face causal LM, plain, multimodal or wrapped by PEFT.
 
         The tensors are shared with the model, tied embeddings included.

@@ -14,6 +14,7 @@ Arithmetic: products in `compute_dtype`, everything between them in float32 (flo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def chunked_loss(
         total = torch.sum(ce * work.ce_weight.double()) + torch.sum(kl * work.kl_weight.double())
         total = total.to(work.dtype)
     if work.grad_hidden is not None:
-        total = _KnownGradient.apply(hidden, total, work.grad_hidden)
+        total = _KnownGradient.apply(hidden, total, work.grad_hidden)  # type: ignore[no-untyped-call]
     return ChunkedLoss(total, ce.sum(), work.ce_count, kl.sum(), work.kl_count)
 
 
@@ -124,12 +125,12 @@ class _KnownGradient(torch.autograd.Function):
     """Gives a finished scalar the gradient that was computed along with it."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, total: Tensor, grad_hidden: Tensor) -> Tensor:  # type: ignore
+    def forward(ctx: Any, hidden: Tensor, total: Tensor, grad_hidden: Tensor) -> Tensor:
         ctx.save_for_backward(grad_hidden)
         return total.clone()
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None, None]:  # type: ignore
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "chunked_loss has no second derivative: its gradient is computed in the forward "
@@ -193,7 +194,7 @@ class _Pass:
         most = min(size, max((len(group.tokens) for group in self.groups), default=0))
         buffer = self.head.weight.new_empty(most, self.head.vocab_size)
         for group in self.groups:
-            for tokens in group.tokens.split(size):
+            for tokens in torch.split(group.tokens, size):
                 self._chunk(tokens, group, buffer[: len(tokens)], reader)
 
     def _open_teacher(self) -> TeacherReader | None:

@@ -10,6 +10,7 @@ and *returning* the fp32 sums costs the same time and leaves only the rounding o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def multiply_transposed(left: Tensor, right: Tensor, compute_dtype: torch.dtype)
 @contextmanager
 def _bf16_products_on_cpu() -> Iterator[None]:
     """Let oneDNN multiply fp32 arguments as bf16; exact here, because they hold bf16 values."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -67,16 +67,12 @@ class TokenScores:
     @classmethod
     def concatenate(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
         """Join scores of consecutive tokens."""
-        columns = [
-            None if any(part is None for part in column) else torch.cat(column)
-            for column in (
-                [part.nll for part in parts],
-                [part.kld for part in parts],
-                [part.same_top for part in parts],
-                [part.reference_nll for part in parts],
-            )
-        ]
-        return cls(*columns)
+        return cls(
+            torch.cat([part.nll for part in parts]),
+            _concatenate([part.kld for part in parts]),
+            _concatenate([part.same_top for part in parts]),
+            _concatenate([part.reference_nll for part in parts]),
+        )
 
 
 def score_tokens(
@@ -120,6 +116,11 @@ def score_tokens(
                 other = reference_hidden[chunk].to(device)
                 parts.append(_score_pair(own, head, wanted, other, reference_head, settings))
     return TokenScores.concatenate(parts)
+
+
+def _concatenate(columns: Sequence[Tensor | None]) -> Tensor | None:
+    present = [column for column in columns if column is not None]
+    return torch.cat(present) if len(present) == len(columns) else None
 
 
 class _StreamingSoftmax:

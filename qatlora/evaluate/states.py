@@ -69,7 +69,8 @@ def final_hidden_states(
     """
     decoder = _decoder(model)
     output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def reference_states(

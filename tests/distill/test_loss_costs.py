@@ -5,10 +5,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import qatlora
 from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chunked_loss
 
 MEASURE_MEMORY = """
@@ -32,8 +34,13 @@ print(json.dumps({"extra_bytes": (after - before) * 1024}))
 
 
 def test_extra_memory_stays_below_256_mb():
+    clone = Path(qatlora.__file__).parents[1]
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE_MEMORY],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=clone,
     )
     assert json.loads(result.stdout)["extra_bytes"] < 256e6
 
