@@ -19,7 +19,7 @@ If the levels have a common divisor several steps explain the block: one that is
 preferred, and among those the largest. The step is positive, unless a positive peak has level 8,
 which only -8 and a negative step can hold.
 
-Speed. Most peaks have level 4 to 8, and eight weights of a block tell which. A first pass solves
+Speed. Most peaks have level 3 to 8, and eight weights of a block tell which. A first pass solves
 the clear cases. The second looks at the doubtful ones more closely, the third tries every peak
 level, and the last searches a step for what is off the grid.
 """
@@ -43,7 +43,8 @@ from qatlora.grid.search import best_steps
 from qatlora.grid.spans import for_each_span
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MIN, Q4Blocks
 
-COMMON_PEAK_LEVELS = (8, 7, 6, 5, 4)
+# Rising: levels 0, 2, 4, 8 alone fit peaks of 4 and 8 equally well, and the larger step is wanted.
+COMMON_PEAK_LEVELS = (3, 4, 5, 6, 7, 8)
 NUM_SAMPLED = 8
 # Two stored values, each within 2^-8 of a step times a level, at most 8: 8 * 2^-7 and some more.
 SAMPLE_TOLERANCE = 0.07
@@ -64,7 +65,7 @@ class _State(NamedTuple):
     """What is known of n blocks so far.
 
     steps: fp16 [n]. levels: int8 [n, 32]. on_grid: bool [n]. peak_levels: fp32 [n], the level of
-    the peak in 4..8 if it is one of these, 0 if the block cannot be on a grid.
+    the peak in 3..8 if it is one of these, 0 if the block cannot be on a grid.
     """
 
     steps: Tensor
@@ -167,13 +168,18 @@ def _suppose_peak_levels(values: Tensor, peaks: Tensor, peak_levels: Tensor) -> 
 
     0 where even that is too far. An all-zero block counts as fitting.
     """
-    # Sampled weights first, so that operators run along n.
-    sample = values[:, :NUM_SAMPLED].t().contiguous().div_(peaks)
+    # Sampled weights first in memory, too, so that operators run along n.
+    sample = values.new_empty(NUM_SAMPLED, len(values))
+    torch.div(values[:, :NUM_SAMPLED].t(), peaks, out=sample)
     levels = torch.tensor(COMMON_PEAK_LEVELS, dtype=torch.float32, device=values.device)
-    scaled = sample * levels.view(-1, 1, 1)
-    misfits, chosen = scaled.sub_(scaled.round()).abs_().amax(1).min(0)
+    misfits = sample.new_empty(len(levels), len(values))
+    scaled, rounded = torch.empty_like(sample), torch.empty_like(sample)
+    for peak_level, misfit in zip(COMMON_PEAK_LEVELS, misfits, strict=True):
+        torch.round(torch.mul(sample, peak_level, out=scaled), out=rounded)
+        torch.amax(scaled.sub_(rounded).abs_(), 0, out=misfit)
+    least, chosen = misfits.min(0)
     torch.index_select(levels, 0, chosen, out=peak_levels)
-    peak_levels.masked_fill_(misfits > SAMPLE_TOLERANCE, 0.0)
+    peak_levels.masked_fill_(least > SAMPLE_TOLERANCE, 0.0)
 
 
 def _solve_any(stored: Tensor, state: _State) -> None:

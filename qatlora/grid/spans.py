@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-CPU_SPAN_BLOCKS = 2048
-CPU_SPANS_PER_TASK = 8
+CPU_SPAN_BLOCKS = 4096
+CPU_SPANS_PER_TASK = 4
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
