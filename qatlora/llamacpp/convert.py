@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from sentencepiece import sentencepiece_model_pb2
 
 from qatlora.errors import ExportError
 from qatlora.llamacpp.pre_tokenizers import name_of
@@ -149,12 +150,29 @@ def _tensor_names(staging: Path) -> Iterator[str]:
 def _complete_added_tokens(staging: Path) -> None:
     path = staging / "tokenizer_config.json"
     settings = _read_json(path)
-    added = _read_json(staging / "tokenizer.json").get("added_tokens", [])
-    if added and "added_tokens_decoder" not in settings:
-        settings["added_tokens_decoder"] = {
-            str(token["id"]): {key: token[key] for key in _ADDED_TOKEN_KEYS} for token in added
-        }
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    if "added_tokens_decoder" in settings:
+        return
+    if (staging / "tokenizer.json").is_file():
+        added = _read_json(staging / "tokenizer.json").get("added_tokens", [])
+    else:
+        added = list(_added_pieces(staging / "tokenizer.model"))
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {key: token[key] for key in _ADDED_TOKEN_KEYS} for token in added
+    }
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _added_pieces(path: Path) -> Iterator[dict[str, Any]]:
+    """Control and user-defined pieces, in the form of tokenizer.json's `added_tokens`."""
+    if not path.is_file():
+        return
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    flags = dict.fromkeys(_ADDED_TOKEN_KEYS, False)
+    for index, piece in enumerate(model.pieces):
+        if piece.type in (piece.CONTROL, piece.USER_DEFINED):
+            special = piece.type == piece.CONTROL
+            yield flags | {"id": index, "content": piece.piece, "special": special}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
