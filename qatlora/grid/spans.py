@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 CPU_SPAN_BLOCKS = 4096
-CPU_SPANS_PER_TASK = 4
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
@@ -25,29 +24,22 @@ def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice],
         work: called with a slice of blocks, on a CPU from several threads at once, so it may
             write only to its own slice of the results.
     """
+    length = CPU_SPAN_BLOCKS if device.type == "cpu" else ACCELERATOR_SPAN_BLOCKS
 
-    def walk(start: int, stop: int, length: int) -> None:
+    def step(start: int) -> None:
         with torch.no_grad():  # the gradient mode belongs to a thread
-            for first in range(start, stop, length):
-                work(slice(first, min(first + length, stop)))
+            work(slice(start, min(start + length, num_blocks)))
 
-    threads = torch.get_num_threads()
-    task_blocks = CPU_SPAN_BLOCKS * CPU_SPANS_PER_TASK
+    starts = range(0, num_blocks, length)
     if device.type != "cpu":
-        walk(0, num_blocks, ACCELERATOR_SPAN_BLOCKS)
-    elif threads == 1 or num_blocks <= task_blocks:
-        walk(0, num_blocks, CPU_SPAN_BLOCKS)
-    else:
-        starts = range(0, num_blocks, task_blocks)
-        try:
-            # In a new thread set_num_threads holds for its own operators, but also for matrix
-            # products everywhere, so it is set back.
-            with ThreadPoolExecutor(
-                threads, initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                tasks = pool.map(
-                    lambda at: walk(at, min(at + task_blocks, num_blocks), CPU_SPAN_BLOCKS), starts
-                )
-                list(tasks)  # raises what a task raised
-        finally:
-            torch.set_num_threads(threads)
+        for start in starts:
+            step(start)
+        return
+    threads = torch.get_num_threads()
+    try:
+        # Set in a thread, the number holds for that thread's operators, but for matrix products
+        # everywhere, so it is set back.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(step, starts))  # list() raises what a thread raised
+    finally:
+        torch.set_num_threads(threads)
