@@ -53,6 +53,7 @@ def write_tokenizer(gguf: GgufFile, folder: Path, chat_template: str | None) -> 
         )
     tokenizer, settings = _BUILDERS[kind](gguf, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings["clean_up_tokenization_spaces"] = False
     settings |= _special_token_settings(gguf)
     settings["added_tokens_decoder"] = _added_tokens_decoder(tokenizer)
     _write_json(folder / "tokenizer_config.json", settings)
@@ -94,9 +95,9 @@ def _sentencepiece(gguf: GgufFile, folder: Path) -> tuple[tokenizers.Tokenizer, 
         steps += [decoders.Strip(" ", 1, 0)] if prefix_space else []
     tokenizer.decoder = decoders.Sequence(steps)
     _add_tokens(tokenizer, pieces, types)
-    _add_bos(tokenizer, gguf, pieces, default=True)
+    adds_bos = _add_bos(tokenizer, gguf, pieces, default=True)
     class_name = "GemmaTokenizer" if is_gemma else "LlamaTokenizer"
-    settings = {"tokenizer_class": class_name, "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": class_name, "add_bos_token": adds_bos}
     if not is_gemma:
         settings |= {"add_prefix_space": prefix_space, "legacy": False}
     return tokenizer, settings
@@ -123,8 +124,7 @@ def _byte_level(gguf: GgufFile, folder: Path) -> tuple[tokenizers.Tokenizer, dic
     tokenizer.decoder = decoders.ByteLevel()
     _add_tokens(tokenizer, pieces, _types(gguf))
     _add_bos(tokenizer, gguf, pieces, default=is_llama3)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return tokenizer, settings | {"add_prefix_space": False}
+    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
 
 
 _Builder = Callable[[GgufFile, Path], tuple[tokenizers.Tokenizer, dict[str, Any]]]
@@ -211,14 +211,16 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, pieces: list[str], types: list[
 
 def _add_bos(
     tokenizer: tokenizers.Tokenizer, gguf: GgufFile, pieces: list[str], default: bool
-) -> None:
+) -> bool:
+    """Put BOS in front of every text if the file says so; returns whether it does."""
     bos_id = gguf.metadata.get("tokenizer.ggml.bos_token_id")
     if bos_id is None or not gguf.metadata.get("tokenizer.ggml.add_bos_token", default):
-        return
+        return False
     bos = pieces[bos_id]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
     )
+    return True
 
 
 def _special_token_settings(gguf: GgufFile) -> dict[str, Any]:

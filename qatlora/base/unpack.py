@@ -130,13 +130,13 @@ def embedded_base(name: str, chat_template: str | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(target.name + ".lock")):
         if not target.is_dir():
-            with _assembled(base) as gguf:
+            with assembled(base) as gguf:
                 unpack_gguf(gguf, target, chat_template)
     return target
 
 
 @contextlib.contextmanager
-def _assembled(base: EmbeddedBase) -> Iterator[Path]:
+def assembled(base: EmbeddedBase) -> Iterator[Path]:
     """The GGUF file of `base`; one made of parts exists only inside the `with`."""
     parts = [registry.locate(package) / path for package, path in base.parts]
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=cache_folder() / "bases") as scratch:
