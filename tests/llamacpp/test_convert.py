@@ -144,14 +144,14 @@ def test_unpacking_a_converted_checkpoint_gives_its_values_back(
 
 @pytest.mark.slow
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize(("name", "other_type"), [("gemma3", "bf16"), ("llama", "f16")])
+@pytest.mark.parametrize(("name", "other_type"), [("gemma3", "bf16"), ("llama", "f32")])
 def test_a_checkpoint_without_deployed_tensors_converts_as_usual(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, other_type: str
 ):
     source = request.getfixturevalue(f"tiny_{name}_folder")
     made = run_conversion(source, tmp_path / "made", other_type, deploy=False)
     assert made.result.tensor_map == {}
-    assert made.gguf.metadata["general.file_type"] == {"bf16": 32, "f16": 1}[other_type]
+    assert made.gguf.metadata["general.file_type"] == {"bf16": 32, "f32": 0}[other_type]
     assert_unpacks_to(made, tmp_path / "unpacked", {})
 
 
