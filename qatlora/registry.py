@@ -215,6 +215,6 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
         return
     with tarfile.open(archive) as sources:
         for member in sources:
-            content = sources.extractfile(member) if member.isreg() else None
-            if content is not None:
-                yield member.name.partition("/")[2], content
+            extracted = sources.extractfile(member) if member.isreg() else None
+            if extracted is not None:
+                yield member.name.partition("/")[2], extracted

@@ -132,10 +132,11 @@ def model_from_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) ->
     """
     text_config = config.get_text_config()
     weights = weights_from_gguf(read_gguf(path), text_config, dtype)
-    model = type(_on_meta(text_config)).from_pretrained(
+    model: PreTrainedModel = type(_on_meta(text_config)).from_pretrained(
         None, config=text_config, state_dict=weights, dtype=dtype
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _architecture(gguf: GgufFile) -> Architecture:
@@ -159,7 +160,8 @@ def _expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def _gguf_name(hf_name: str, architecture: Architecture) -> str:

@@ -120,17 +120,18 @@ def _llama_rope_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str
     if "rope_freqs.weight" not in gguf.tensors:
         return _linear_rope_scaling(gguf, "llama")
     factors = dequantize(gguf.tensors["rope_freqs.weight"])
+    factor = _float(factors.max())
     scaling = {
         "rope_type": "llama3",
-        "factor": _float(factors.max()),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": _LLAMA3_CONTEXT,
     }
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = (_LLAMA3_CONTEXT / wavelengths - 1.0) / (4.0 - 1.0)
-    blended = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    expected = np.where(smooth < 0, scaling["factor"], np.where(smooth > 1, 1.0, blended))
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    expected = np.where(smooth < 0, factor, np.where(smooth > 1, 1.0, blended))
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise CheckpointError(
             f"{gguf.path} has rope_freqs.weight that are not those of Llama 3.1 to 3.3: their "
