@@ -19,9 +19,10 @@ If the levels have a common divisor several steps explain the block: one that is
 preferred, and among those the largest. The step is positive, unless a positive peak has level 8,
 which only -8 and a negative step can hold.
 
-Speed. Most peaks have level 3 to 8, and eight weights of a block tell which. A first pass solves
-the clear cases. The second looks at the doubtful ones more closely, the third tries every peak
-level, and the last searches a step for what is off the grid.
+Speed. Nearly every block has a weight at level 1 or -1, which is then its smallest but zero, and
+the peak divided by it is the peak's level; above 8 there is no grid. A first pass solves the blocks
+of which that leaves no doubt. The second looks at the doubtful ones more closely, the third tries
+every peak level, and the last searches a step for what is off the grid.
 """
 
 from collections.abc import Callable
@@ -43,11 +44,9 @@ from qatlora.grid.search import best_steps
 from qatlora.grid.spans import for_each_span
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MIN, Q4Blocks
 
-# Rising: levels 0, 2, 4, 8 alone fit peaks of 4 and 8 equally well, and the larger step is wanted.
-COMMON_PEAK_LEVELS = (3, 4, 5, 6, 7, 8)
-NUM_SAMPLED = 8
-# Two stored values, each within 2^-8 of a step times a level, at most 8: 8 * 2^-7 and some more.
-SAMPLE_TOLERANCE = 0.07
+# Two stored values, each within 2^-8 of a level times the step: 8 * (1 + 2^-7), and some more.
+MAX_PEAK_RATIO = 8.07
+PATTERN_MASK = 0x7FFFFFFF  # all bits of an fp32 number but its sign
 
 
 class Recovered(NamedTuple):
@@ -65,7 +64,7 @@ class _State(NamedTuple):
     """What is known of n blocks so far.
 
     steps: fp16 [n]. levels: int8 [n, 32]. on_grid: bool [n]. peak_levels: fp32 [n], the level of
-    the peak in 3..8 if it is one of these, 0 if the block cannot be on a grid.
+    the peak in 1..8 if some weight has level 1 or -1; 0 if the block cannot be on a grid.
     """
 
     steps: Tensor
@@ -97,16 +96,19 @@ def recover(weight: Tensor) -> Recovered:
     """
     stored = split_blocks(weight)
     state = _State.empty(len(stored), stored.device)
+    unsolved = [torch.empty(0, dtype=torch.int64, device=stored.device)]
 
     def solve_clear(span: slice) -> None:
-        _solve_clear(stored[span], state.of(span))
+        part = state.of(span)
+        _solve_clear(stored[span], part)
+        unsolved.append(torch.nonzero(~part.on_grid).squeeze(1) + span.start)
 
     for_each_span(len(stored), stored.device, solve_clear)
-    for solve, may_succeed in ((_solve_doubtful, True), (_solve_any, True), (_search, False)):
-        open_blocks = ~state.on_grid
-        if may_succeed:
-            open_blocks &= state.peak_levels > 0
-        _solve_again(solve, torch.nonzero(open_blocks).squeeze(1), stored, state)
+    rest = torch.cat(unsolved)
+    for solve in (_solve_doubtful, _solve_any):
+        _solve_again(solve, rest[state.peak_levels[rest] > 0], stored, state)
+        rest = rest[~state.on_grid[rest]]
+    _solve_again(_search, rest, stored, state)
     blocks = join_blocks(state.steps, state.levels, weight.shape)
     return Recovered(blocks, state.on_grid.view(blocks.steps.shape))
 
@@ -140,7 +142,7 @@ def _solve_clear(stored: Tensor, state: _State) -> None:
     values = stored.float()
     extremes = find_extremes(values)
     check_finite(extremes.peaks)
-    _suppose_peak_levels(values, extremes.peaks, state.peak_levels)
+    state.peak_levels.copy_(_suppose_peak_levels(values, extremes.peaks))
     fit = fit_levels(values, extremes, state.peak_levels, stored.dtype)
     steps = fit.middle()
     _store(fit, steps, certain(fit, steps), state)
@@ -151,35 +153,28 @@ def _solve_doubtful(stored: Tensor, state: _State) -> None:
     values = stored.float()
     fit = fit_levels(values, find_extremes(values), state.peak_levels, stored.dtype)
     verdict = judge(fit, stored)
-    _store(fit, verdict.steps, verdict.explained, state)
+    # Below 5 the levels times 2 or more, with a finer step, may still be exact.
+    final = verdict.exact | (verdict.explained & (state.peak_levels > -LEVEL_MIN / 2))
+    _store(fit, verdict.steps, final, state)
 
 
-def _store(fit: Fit, steps: Tensor, explained: Tensor, state: _State) -> None:
-    """Store fits. Final are those that are explained and leave no larger step to be tried."""
-    # A level of 1 or -1 leaves no common divisor.
-    distance_to_one = fit.levels.abs().sub_(1.0).abs_().amin(-1)
-    torch.logical_and(explained, distance_to_one == 0, out=state.on_grid)
+def _store(fit: Fit, steps: Tensor, final: Tensor, state: _State) -> None:
+    """Store fits. Level 1 or -1 leaves no common divisor, so no larger step is missed."""
+    state.on_grid.copy_(final)
     torch.mul(steps, fit.signs, out=state.steps)
     state.levels.copy_(fit.levels).mul_(fit.signs.unsqueeze(1))
 
 
-def _suppose_peak_levels(values: Tensor, peaks: Tensor, peak_levels: Tensor) -> None:
-    """Write the peak level that puts a sample of a block's weights nearest to integers.
+def _suppose_peak_levels(values: Tensor, peaks: Tensor) -> Tensor:
+    """Return the level of the peak, fp32 [n], if the smallest non-zero weight has level 1.
 
-    0 where even that is too far. An all-zero block counts as fitting.
+    0 where the peak is too many times larger. An all-zero block gets any level.
     """
-    # Sampled weights first in memory, too, so that operators run along n.
-    sample = values.new_empty(NUM_SAMPLED, len(values))
-    torch.div(values[:, :NUM_SAMPLED].t(), peaks, out=sample)
-    levels = torch.tensor(COMMON_PEAK_LEVELS, dtype=torch.float32, device=values.device)
-    misfits = sample.new_empty(len(levels), len(values))
-    scaled, rounded = torch.empty_like(sample), torch.empty_like(sample)
-    for peak_level, misfit in zip(COMMON_PEAK_LEVELS, misfits, strict=True):
-        torch.round(torch.mul(sample, peak_level, out=scaled), out=rounded)
-        torch.amax(scaled.sub_(rounded).abs_(), 0, out=misfit)
-    least, chosen = misfits.min(0)
-    torch.index_select(levels, 0, chosen, out=peak_levels)
-    peak_levels.masked_fill_(least > SAMPLE_TOLERANCE, 0.0)
+    # As patterns so that zero becomes the largest: the int32 sum wraps around for all others.
+    wrapped = values.view(torch.int32).bitwise_and(PATTERN_MASK).add_(PATTERN_MASK)
+    smallest = wrapped.amin(-1).sub_(PATTERN_MASK).view(torch.float32)
+    ratios = (peaks / smallest).nan_to_num_(nan=1.0)
+    return ratios.round().masked_fill_(ratios > MAX_PEAK_RATIO, 0.0)
 
 
 def _solve_any(stored: Tensor, state: _State) -> None:

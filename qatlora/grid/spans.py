@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-CPU_SPAN_BLOCKS = 4096
+CPU_SPAN_BLOCKS = 8192
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
