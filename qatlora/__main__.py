@@ -108,6 +108,7 @@ def register_recipes(recipes: Path) -> None:
     store.store(name="root_schema", node=RootConfig)
     for path in sorted(recipes.glob("*.yaml")):
         node = OmegaConf.load(path)
+        OmegaConf.update(node, "card.name", path.stem)
         store.store(group="recipe", name=path.stem, node=node, package="_global_")
 
 

@@ -19,8 +19,8 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
-    "load_base",
     "load_data",
+    "load_base",
     "attach",
     "evaluate_base",
     "train",
@@ -116,6 +116,8 @@ class ReportTo(Enum):
 class CardConfig:
     """Header card of a recipe: one sentence each, shown by --help and in the docs."""
 
+    name: str = ""
+    """The recipe's name; set from its file."""
     purpose: str = ""
     hardware: str = ""
     time: str = ""
@@ -183,7 +185,7 @@ class DataConfig:
     eval_tokens: int = 4096
     """Scored tokens of each held-out text at most."""
     replay_rows_per_step: int = 1
-    """Rows of general text that go with each optimizer step, for its KL term."""
+    """How many of a step's rows are general text, for its KL term."""
     num_prompts: int = 3
     """Held-out user turns answered before and after training."""
 
@@ -219,9 +221,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     rows_per_step: int = 2
-    """Conversations per optimizer step, over all micro-batches and processes."""
+    """Rows per optimizer step, replay rows among them, over all micro-batches and processes."""
     micro_batch_rows: int = 2
-    """Conversations per forward pass; divides rows_per_step."""
+    """Rows per forward pass; divides rows_per_step."""
     gradient_checkpointing: bool = False
     save_steps: int = 20
     """Optimizer steps between two checkpoints."""
@@ -248,9 +250,9 @@ class GuardConfig:
     """Limits of the gates; see conf/guard/default.yaml for what each one means."""
 
     identity_max_differing_blocks: int = 0
-    roundtrip_kld_mean_max_nats: float = 1e-3
-    roundtrip_kld_p99_max_nats: float = 1e-2
-    roundtrip_same_top_min_share: float = 0.99
+    roundtrip_kld_mean_max_nats: float = 1e-6
+    roundtrip_kld_p99_max_nats: float = 1e-5
+    roundtrip_same_top_min_share: float = 1.0
     require_effect: bool = True
     effect_min_standard_errors: float = 2.0
     drift_kld_increase_max_nats: float = 0.15

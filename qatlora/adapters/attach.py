@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 
 from qatlora.adapters.deployed import AdapterRule, deployed_dense, deployed_weight
 from qatlora.adapters.layer import GridAdapter
@@ -80,15 +79,15 @@ class AdaptedModel:
                 layer.held_weight = None
 
 
-def adapter_rule(settings: AdapterConfig, base: LoadedBase, seed: int) -> AdapterRule:
-    """Resolve the settings against a base: dither 'auto' means 'where the base is on a grid'."""
+def adapter_rule(settings: AdapterConfig, seed: int) -> AdapterRule:
+    """The settings as the rule that, with the parameters, decides the deployed weight."""
     return AdapterRule(
         kind=settings.kind.name,
         rank=settings.rank,
         alpha=settings.alpha,
         steps_rank=settings.steps_rank or settings.rank,
         rounding=settings.rounding.name,
-        dither=settings.dither.name != "never",
+        dither=settings.dither.name,
         seed=seed,
     )
 
@@ -109,12 +108,19 @@ def attach(base: LoadedBase, rule: AdapterRule) -> AdaptedModel:
     return AdaptedModel(base, model, rule)
 
 
-def changed_share(before: Q4Blocks, after: Q4Blocks) -> tuple[float, float]:
-    """Shares of changed levels and of changed steps (by bit pattern)."""
-    levels = (before.levels != after.levels).float().mean().item()
-    steps = (_bits(before.steps) != _bits(after.steps)).float().mean().item()
-    return levels, steps
+@dataclass(frozen=True)
+class Change:
+    """How many of a tensor's levels and steps changed, and which shares these are."""
+
+    num_levels: int
+    num_steps: int
+    levels_share: float
+    steps_share: float
 
 
-def _bits(steps: Tensor) -> Tensor:
-    return steps.view(torch.int16)
+def changed_share(before: Q4Blocks, after: Q4Blocks) -> Change:
+    """Compare two deployed tensors; steps by bit pattern."""
+    levels = before.levels != after.levels
+    steps = before.steps.view(torch.int16) != after.steps.view(torch.int16)
+    num_levels, num_steps = int(levels.sum()), int(steps.sum())
+    return Change(num_levels, num_steps, num_levels / levels.numel(), num_steps / steps.numel())

@@ -46,7 +46,7 @@ class AdapterRule:
         alpha: its scale is alpha / rank.
         steps_rank: rank of the step factor B_s A_s; its scale is 1.
         rounding: frozen (the base's steps stay) or reference (llama.cpp's rule on base + delta).
-        dither: whether on-grid layers are dithered.
+        dither: auto (where the base lies on a grid), always or never.
         seed: seed of the dither.
     """
 
@@ -55,7 +55,7 @@ class AdapterRule:
     alpha: float
     steps_rank: int
     rounding: str
-    dither: bool
+    dither: str
     seed: int
 
     @property
@@ -104,7 +104,7 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    dithered = rule.dither and base.store.on_grid
+    dithered = rule.dither == "always" or (rule.dither == "auto" and base.store.on_grid)
     levels = []
     for rows, latents in base.store.latent_tiles():
         per_step = reciprocal(base.store.steps[rows]).unsqueeze(-1)

@@ -35,7 +35,7 @@ from qatlora.grid import BLOCK_SIZE, Recovered, recover
 # edited row, say) should not send the whole tensor to the latent path.
 _ON_GRID_SHARE = 0.99
 
-OnLayer = Callable[[int, int], None]
+OnLayer = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,18 @@ def load_base(
     settings: BaseConfig,
     storage: StorageConfig,
     device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
     on_layer: OnLayer | None = None,
 ) -> LoadedBase:
-    """Load model and tokenizer and put a `GridLinear` in place of every trained linear.
+    """Load the model and put a `GridLinear` in place of every trained linear.
 
     Args:
         source: a checked folder.
         settings: which modules are trained.
         storage: nf4, q4_0 or bf16.
         device: where the model goes.
-        on_layer: called with (layers done, layers in all).
+        tokenizer: the checkpoint's, with the chat template in force.
+        on_layer: called with 1 after each layer.
 
     Raises:
         CheckpointError: the checkpoint does not fit the settings.
@@ -146,7 +148,7 @@ def load_base(
     model = _load_model(source, device, layout.nf4 if kind == "nf4" else None)
     digest = hashlib.sha256()
     num_on_grid = num_blocks = 0
-    for done, name in enumerate(layout.grid, start=1):
+    for name in layout.grid:
         linear = model.get_submodule(name)
         recovered = recover(_best_weight(source, name, linear).to(device))
         share = recovered.on_grid.float().mean().item()
@@ -157,12 +159,12 @@ def load_base(
             num_on_grid += int(recovered.on_grid.sum())
             num_blocks += recovered.on_grid.numel()
         if on_layer:
-            on_layer(done, len(layout.grid))
+            on_layer(1)
     _forget_quantizer(model)
     return LoadedBase(
         name=source.name,
         model=model,
-        tokenizer=load_tokenizer(source.folder),
+        tokenizer=tokenizer,
         source=source,
         storage=kind,
         grid=layout.grid,

@@ -65,13 +65,17 @@ class Source:
             return opened.get_tensor(name)
 
 
-def find_source(settings: BaseConfig) -> Source:
+def find_source(settings: BaseConfig, chat_template: str | None = None) -> Source:
     """Resolve `base.*` to a checked folder; a GGUF is unpacked once into the cache.
+
+    Args:
+        settings: which checkpoint.
+        chat_template: Jinja text for an unpacked GGUF; None keeps its own.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken or of an unsupported kind.
     """
-    folder = _folder_of(settings)
+    folder = _folder_of(settings, chat_template)
     name = settings.name or folder.name
     config = _read_config(folder)
     files = dict(_tensor_files(folder))
@@ -79,10 +83,10 @@ def find_source(settings: BaseConfig) -> Source:
     return Source(name, folder, config, files, nf4)
 
 
-def _folder_of(settings: BaseConfig) -> Path:
+def _folder_of(settings: BaseConfig, chat_template: str | None) -> Path:
     if settings.path is None:
         if settings.embedded:
-            return embedded_base(settings.embedded)
+            return embedded_base(settings.embedded, chat_template)
         if settings.hub_id:
             return _from_hub(settings.hub_id)
         raise CheckpointError(
@@ -96,7 +100,7 @@ def _folder_of(settings: BaseConfig) -> Path:
         identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
         target = cache_folder() / "bases" / f"{path.stem}-{key}"
-        return target if target.is_dir() else unpack_gguf(path, target, None)
+        return target if target.is_dir() else unpack_gguf(path, target, chat_template)
     raise CheckpointError(
         f"base.path is '{path}', which is neither a folder nor a .gguf file. Give the folder that "
         "holds config.json and the safetensors files, or a GGUF of a Gemma 3 or Llama-shaped model."

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from qatlora.grid import BLOCK_SIZE, Q4Blocks, nearest_levels, pack, unpack
+from qatlora.grid import BLOCK_SIZE, Q4Blocks, latents, nearest_levels, pack, unpack
 
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over a
 # tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are better.
@@ -160,17 +160,12 @@ def dequantized_nf4(weight: Tensor) -> Tensor:
 
 
 def _reader(weight: Tensor, steps: Tensor, *, on_grid: bool) -> RowReader:
-    return lambda rows: latents_of(weight[rows], steps[rows], on_grid=on_grid)
+    return lambda rows: _latents(weight[rows], steps[rows], on_grid=on_grid)
 
 
-def latents_of(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Tensor:
-    """Latent levels of a dense weight; float32 [out, in].
-
-    A block whose step is zero has latents of zero: it holds only zeros, and nothing moves them.
-    """
-    blocked = weight.float().unflatten(-1, (-1, BLOCK_SIZE))
-    latents = (blocked * reciprocal(steps).unsqueeze(-1)).flatten(-2)
-    return nearest_levels(latents).float() if on_grid else latents
+def _latents(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Tensor:
+    values = latents(weight, steps)
+    return nearest_levels(values).float() if on_grid else values
 
 
 def reciprocal(steps: Tensor) -> Tensor:

@@ -74,6 +74,26 @@ def shipped_template(name: str) -> str:
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
+def chosen_template(chosen: str | None) -> str | None:
+    """The text of `base.chat_template`: a shipped name or a file; None keeps the checkpoint's own.
+
+    Raises:
+        DataError: neither a shipped template nor a readable file.
+    """
+    if chosen is None:
+        return None
+    if chosen in shipped_templates():
+        return shipped_template(chosen)
+    try:
+        return Path(chosen).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(
+            f"base.chat_template is '{chosen}', which is neither a shipped template "
+            f"({', '.join(shipped_templates())}) nor a readable text file ({problem}). Give one of "
+            "these names or the path of a Jinja file."
+        ) from None
+
+
 def has_generation_markers(template: str) -> bool:
     """Whether the template says which words are the assistant's."""
     return any(match[2] is None for match in _MARKER.finditer(template))

@@ -68,6 +68,8 @@ class ChunkedLoss:
         ce_count: tokens with a label and a cross-entropy weight > 0.
         kl_sum: unweighted sum of divergences, in nats, over `kl_count` tokens.
         kl_count: tokens with a divergence weight > 0.
+        token_ce: [T] cross-entropies, detached, 0 where the weight is 0.
+        token_kl: [T] divergences, likewise.
     """
 
     total: Tensor
@@ -75,6 +77,10 @@ class ChunkedLoss:
     ce_count: int
     kl_sum: Tensor
     kl_count: int
+    token_ce: Tensor
+    token_kl: Tensor
+    token_ce: Tensor
+    token_kl: Tensor
 
 
 def chunked_loss(
@@ -118,7 +124,7 @@ def chunked_loss(
         total = total.to(work.dtype)
     if work.grad_hidden is not None:
         total = _KnownGradient.apply(hidden, total, work.grad_hidden)  # type: ignore[no-untyped-call]
-    return ChunkedLoss(total, ce.sum(), work.ce_count, kl.sum(), work.kl_count)
+    return ChunkedLoss(total, ce.sum(), work.ce_count, kl.sum(), work.kl_count, ce, kl)
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -16,11 +16,9 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from qatlora.data.rows import Row
-from qatlora.distill.divergence import Divergence
-from qatlora.distill.head import LmHead
-from qatlora.distill.hidden import final_hidden_states
-from qatlora.distill.losses import IGNORED_LABEL, LossSettings, chunked_loss
-from qatlora.distill.teachers import TeacherStates
+from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chunked_loss
+from qatlora.distill.losses import IGNORED_LABEL
+from qatlora.evaluate import final_hidden_states
 
 _TERMS = ("ce", "kl", "general_kl")
 
@@ -97,7 +95,8 @@ class GridTrainer(SFTTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss of one micro-batch, a share of its step's loss."""
-        assert num_items_in_batch is not None and not return_outputs
+        assert num_items_in_batch is not None
+        assert not return_outputs
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         hidden = final_hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
         labels = inputs["labels"][:, 1:].flatten()
@@ -118,7 +117,7 @@ class GridTrainer(SFTTrainer):
             token_kl_weight=token_kl,
             settings=self.objective.settings,
         )
-        self._remember(loss.per_token_ce, loss.per_token_kl, token_ce, token_kl, general)
+        self._remember(loss.token_ce, loss.token_kl, token_ce, token_kl, general)
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
 

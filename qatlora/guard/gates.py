@@ -1,0 +1,123 @@
+"""Gates 2 to 5, each from figures to a `GateResult`; gate 1 is `qatlora.guard.identity`.
+
+    2  before/after   the model read back from the file against the model as trained
+    3  effect         something changed, and the held-out loss fell
+    4  drift          how much further from the teacher the merged model is on general text
+    5  llama_cpp      the same in the real runtime
+
+A gate never prints and never raises: `qatlora.guard.judge` decides what follows.
+"""
+
+from qatlora.config import GuardConfig
+from qatlora.evaluate import KldSummary, Mean
+from qatlora.report.results import GateResult
+
+
+def before_after_gates(
+    self_kld_max: float, roundtrip: dict[str, KldSummary], settings: GuardConfig
+) -> list[GateResult]:
+    """KLD from the trained model to the one read back from the candidate, on every text.
+
+    Args:
+        self_kld_max: largest KLD of the trained model to itself, measured first: anything but 0
+            would mean that the figures below cannot be trusted.
+        roundtrip: text name -> KLD(trained || read back).
+        settings: the limits.
+    """
+    mean = max(summary.mean for summary in roundtrip.values())
+    p99 = max(summary.p99 for summary in roundtrip.values())
+    same_top = min(summary.same_top for summary in roundtrip.values())
+    worst = max(summary.max for summary in roundtrip.values())
+    median = max(summary.median for summary in roundtrip.values())
+    where = " and ".join(roundtrip)
+    return [
+        _at_most("self_kld", self_kld_max, 0.0, "nats", "largest KLD of the model to itself"),
+        _at_most(
+            "before_after_kld_mean",
+            mean,
+            settings.roundtrip_kld_mean_max_nats,
+            "nats/token",
+            f"trained model against the file read back, on {where}: "
+            f"median {median:.2g}, largest {worst:.2g}",
+        ),
+        _at_most(
+            "before_after_kld_p99",
+            p99,
+            settings.roundtrip_kld_p99_max_nats,
+            "nats/token",
+            "99th percentile of the same",
+        ),
+        _at_least(
+            "before_after_same_top",
+            same_top,
+            settings.roundtrip_same_top_min_share,
+            "share",
+            "tokens whose most probable next token is the same",
+        ),
+    ]
+
+
+def effect_gates(
+    num_changed: int, improvement: Mean, settings: GuardConfig
+) -> list[GateResult]:
+    """At least one code or step changed, and the merged model predicts the held-out chats better.
+
+    Args:
+        num_changed: levels and steps that differ from the base's.
+        improvement: mean loss of the base minus that of the merged model, paired by token.
+        settings: whether an effect is required, and by how many standard errors.
+    """
+    errors = improvement.value / improvement.stderr if improvement.stderr > 0 else 0.0
+    gates = [
+        _at_least("effect_changed", float(num_changed), 1.0, "levels and steps", "changed in all"),
+        _at_least(
+            "effect_loss",
+            errors,
+            settings.effect_min_standard_errors,
+            "standard errors",
+            f"held-out loss fell by {improvement.value:.4f} +- {improvement.stderr:.4f} nats/token",
+        ),
+    ]
+    if settings.require_effect:
+        return gates
+    return [_skipped(gate, "guard.require_effect=false") for gate in gates]
+
+
+def drift_gate(
+    base: KldSummary | None, merged: KldSummary | None, settings: GuardConfig
+) -> GateResult:
+    """KLD to the teacher on general text: merged minus base, within the budget."""
+    limit = settings.drift_kld_increase_max_nats
+    if base is None or merged is None:
+        gate = _at_most("drift", None, limit, "nats/token", "KLD to the teacher on general text")
+        return _skipped(gate, "there is no teacher")
+    return _at_most(
+        "drift",
+        merged.mean - base.mean,
+        limit,
+        "nats/token",
+        f"KLD to the teacher on general text went from {base.mean:.4f} to {merged.mean:.4f}",
+    )
+
+
+def llama_cpp_gate() -> GateResult:
+    """The same comparison in the real runtime: not part of this version."""
+    gate = _at_most("llama_cpp", None, 0.0, "nats/token", "the file in llama.cpp")
+    return _skipped(gate, "not measured by this recipe; gates 1 to 4 decide")
+
+
+def _at_most(
+    name: str, value: float | None, limit: float, unit: str, message: str
+) -> GateResult:
+    passed = value is not None and value <= limit
+    return GateResult(name, value, limit, unit, "passed" if passed else "failed", message)
+
+
+def _at_least(name: str, value: float, limit: float, unit: str, message: str) -> GateResult:
+    status = "passed" if value >= limit else "failed"
+    return GateResult(name, value, limit, unit, status, message)
+
+
+def _skipped(gate: GateResult, reason: str) -> GateResult:
+    message = f"{gate.message} (skipped: {reason})"
+    return GateResult(gate.name, gate.value, gate.limit, gate.unit, "skipped", message)

@@ -1,0 +1,380 @@
+"""The main path: a recipe is a list of stages, and this file is what each of them does.
+
+    preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
+              -> evaluate_trained -> write_candidate -> guard -> publish -> report
+
+A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
+rooms; none of them sees the root config.
+"""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qatlora import __version__, files, preflight, progress
+from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
+from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
+from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.load import LoadedBase, find_layout, load_base, load_plain, load_tokenizer
+from qatlora.base.others import deploy_embeddings
+from qatlora.base.source import Source, find_source
+from qatlora.config import Precision, RootConfig, TeacherKind
+from qatlora.data.load import load_data
+from qatlora.data.rows import Batches
+from qatlora.data.templates import chosen_template, training_template
+from qatlora.errors import AdapterError, ConfigError
+from qatlora.evaluate import ReferenceStates, ScoreSettings, mean_difference
+from qatlora.evaluate.models import Evaluation
+from qatlora.evaluate.samples import answers
+from qatlora.export.candidate import Candidate, write_candidate
+from qatlora.export.publish import publish
+from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.identity import identity_gate
+from qatlora.guard.judge import permit, verdict
+from qatlora.llamacpp.source import check_converter, llama_cpp_version
+from qatlora.memory import peak_rss_bytes
+from qatlora.report.console import to_console
+from qatlora.report.json_report import plain
+from qatlora.report.results import (
+    AdapterResult,
+    BaseResult,
+    ExportResult,
+    GuardResult,
+    LayerChange,
+    RunReport,
+    Sample,
+    StageTime,
+    TrainResult,
+)
+from qatlora.report.write import write_report
+from qatlora.train.objective import build_objective
+from qatlora.train.run import train
+
+_REPORTED_PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What the stages of one run have produced so far; a field is None until its stage has run."""
+
+    cfg: RootConfig
+    run_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    source: Source | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batches: Batches | None = None
+    base: LoadedBase | None = None
+    teacher: PreTrainedModel | None = None
+    adapted: AdaptedModel | None = None
+    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
+    evaluation: Evaluation | None = None
+    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
+    changes: list[LayerChange] = field(default_factory=list)
+    num_changed: int = 0
+    train: TrainResult | None = None
+    candidate: Candidate | None = None
+    guard: GuardResult | None = None
+    export: ExportResult | None = None
+    times: list[StageTime] = field(default_factory=list)
+
+    def bar(self, name: str, total: int, unit: str) -> Any:
+        """A progress bar for a long part of a stage."""
+        return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of forwards outside evaluation and training."""
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def run(cfg: RootConfig) -> RunReport:
+    """Run the recipe's stages in order and return its report.
+
+    Raises:
+        QatloraError: bad input (before any long work), or a failed gate (nothing published).
+    """
+    state = Run(cfg, Path(cfg.run_dir), _device(cfg.train.device), _dtype(cfg.train.precision))
+    state.run_dir.mkdir(parents=True, exist_ok=True)
+    files.write_json(state.run_dir / "config.json", plain(dataclasses.asdict(cfg)))
+    for name in cfg.stages:
+        start = time.monotonic()
+        STAGES[name](state)
+        state.times.append(StageTime(name, time.monotonic() - start))
+    return _report(state)
+
+
+def _preflight(state: Run) -> None:
+    """Everything that can be known to fail is found here, before anything long begins."""
+    cfg = state.cfg
+    if cfg.adapter.path is not None:
+        read_identity(Path(cfg.adapter.path))
+    elif "attach" in cfg.stages and "train" not in cfg.stages:
+        raise ConfigError(
+            f"recipe={cfg.card.name} works on a saved adapter and adapter.path is not set. Give "
+            "adapter.path=RUN/adapter."
+        )
+    template = chosen_template(cfg.base.chat_template)
+    state.source = find_source(cfg.base, template)
+    layout = find_layout(state.source, cfg.base)
+    needs = preflight.estimate(cfg, state.source, layout, state.device)
+    preflight.require(needs, state.run_dir)
+    if "write_candidate" in cfg.stages:
+        check_converter()
+    state.tokenizer = load_tokenizer(state.source.folder)
+    if template is not None:
+        state.tokenizer.chat_template = template
+    progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
+
+
+def _load_data(state: Run) -> None:
+    cfg = state.cfg
+    state.batches = load_data(
+        cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
+    )
+    state.tokenizer.chat_template = training_template(state.tokenizer)
+    settings = ScoreSettings(compute_dtype=_dtype(cfg.evaluate.logits_precision))
+    state.evaluation = Evaluation(state.batches.texts, settings)
+
+
+def _load_base(state: Run) -> None:
+    cfg = state.cfg
+    total = len(find_layout(state.source, cfg.base).grid)
+    with state.bar("load base", total, "tensors") as advance:
+        state.base = load_base(
+            state.source, cfg.base, cfg.storage, state.device, state.tokenizer, advance
+        )
+    deploy_embeddings(state.base.model, cfg.export.other_type.name)
+    if cfg.teacher.kind is TeacherKind.bf16:
+        state.teacher = _load_teacher(state)
+
+
+def _load_teacher(state: Run) -> PreTrainedModel:
+    path = state.cfg.teacher.path
+    if path is None and state.source.nf4_modules:
+        raise ConfigError(
+            f"{state.source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
+            "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
+        )
+    folder = state.source.folder if path is None else Path(path)
+    if path is not None and load_tokenizer(folder).get_vocab() != state.tokenizer.get_vocab():
+        raise ConfigError(
+            f"The teacher in {folder} has another vocabulary than the base, and probabilities of "
+            "different tokens cannot be compared. Take a teacher of the same family."
+        )
+    return load_plain(folder, state.device, torch.bfloat16)
+
+
+def _attach(state: Run) -> None:
+    cfg = state.cfg
+    if cfg.adapter.path is None:
+        state.adapted = attach(state.base, adapter_rule(cfg.adapter, cfg.seed))
+    else:
+        state.adapted, identity = load_adapter(state.base, Path(cfg.adapter.path))
+        state.recorded = identity.deployed
+
+
+def _evaluate_base(state: Run) -> None:
+    adapted, evaluation = state.adapted, state.evaluation
+    if state.teacher is not None:
+        with state.bar("evaluate teacher", evaluation.num_tokens, "tokens") as advance:
+            evaluation.teacher = evaluation.states_of(state.teacher, advance)
+    with adapted.as_base(), adapted.held_weights(state.dtype):
+        _measure(state, "base", adapted.model)
+        _answer(state, "base")
+
+
+def _train(state: Run) -> None:
+    cfg = state.cfg
+    with state.bar("train", cfg.train.max_steps, "steps") as advance:
+        state.train = train(
+            state.adapted,
+            state.batches.train,
+            build_objective(cfg.teacher, state.teacher, state.dtype),
+            cfg.train,
+            cfg.logging,
+            run_dir=state.run_dir,
+            seed=cfg.seed,
+            bf16=state.dtype == torch.bfloat16,
+            on_step=advance,
+        )
+    state.teacher = None  # its states are kept; its memory is needed for the file read back
+
+
+def _save_adapter(state: Run) -> None:
+    state.recorded = save_adapter(state.adapted, state.run_dir / "adapter").deployed
+
+
+def _evaluate_trained(state: Run) -> None:
+    adapted, evaluation = state.adapted, state.evaluation
+    with adapted.held_weights(state.dtype):
+        _measure(state, "trained", adapted.model)
+        with state.bar("keep trained states", evaluation.num_tokens, "tokens") as advance:
+            state.trained_states = evaluation.states_of(adapted.model, advance)
+        _answer(state, "trained")
+    for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
+        change = changed_share(before, after)
+        state.num_changed += change.num_levels + change.num_steps
+        if name in state.base.trained:
+            state.changes.append(LayerChange(name, change.levels_share, change.steps_share))
+
+
+def _write_candidate(state: Run) -> None:
+    cfg, base = state.cfg, state.base
+    stamp = {
+        "version": __version__,
+        "llama_cpp": llama_cpp_version(),
+        "recipe": cfg.card.name,
+        "base": base.name,
+        "base_digest": base.digest,
+        "storage": base.storage,
+        "adapter": str(dataclasses.asdict(state.adapted.rule)),
+    }
+    if cfg.guard.override is not None:
+        stamp["guard_override"] = cfg.guard.override
+    with state.bar("write candidate", len(base.grid), "tensors") as advance:
+        state.candidate = write_candidate(
+            state.adapted, cfg.export, state.run_dir, stamp, advance
+        )
+
+
+def _guard(state: Run) -> None:
+    """Read the candidate back as a model of its own and put all gates before it."""
+    cfg, evaluation, candidate = state.cfg, state.evaluation, state.candidate
+    if state.recorded.keys() != set(state.base.grid):
+        raise AdapterError(
+            f"The adapter recorded {len(state.recorded)} deployed tensors and the base has "
+            f"{len(state.base.grid)} Q4_0 tensors; they must be the same. Set base.trained as in "
+            "the adapter's run."
+        )
+    gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
+    with state.adapted.held_weights(state.dtype):
+        self_kld = _divergence(state, "self-KLD", state.adapted.model)
+    config = AutoConfig.from_pretrained(state.source.folder)
+    merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
+    _measure(state, "merged", merged)
+    roundtrip = _divergence(state, "before/after", merged)
+    del merged
+    scores = evaluation.scores
+    gates += before_after_gates(max(kld.max for kld in self_kld.values()), roundtrip, cfg.guard)
+    improvement = mean_difference(scores["base"]["task"].nll, scores["merged"]["task"].nll)
+    gates += effect_gates(state.num_changed, improvement, cfg.guard)
+    before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")
+    gates.append(drift_gate(before, after, cfg.guard))
+    gates.append(llama_cpp_gate())
+    state.guard = verdict(gates, cfg.guard.override)
+    if not state.guard.passed:
+        _write_report(state)  # a failed run leaves its figures, too
+
+
+def _publish(state: Run) -> None:
+    state.export = publish(state.candidate, permit(state.candidate, state.guard))
+
+
+def _write_report(state: Run) -> None:
+    report = _report(state)
+    write_report(report, state.run_dir)
+    progress.console.print(to_console(report))
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "preflight": _preflight,
+    "load_data": _load_data,
+    "load_base": _load_base,
+    "attach": _attach,
+    "evaluate_base": _evaluate_base,
+    "train": _train,
+    "save_adapter": _save_adapter,
+    "evaluate_trained": _evaluate_trained,
+    "write_candidate": _write_candidate,
+    "guard": _guard,
+    "publish": _publish,
+    "report": _write_report,
+}
+
+
+def _measure(state: Run, name: str, model: torch.nn.Module) -> None:
+    with state.bar(f"evaluate {name}", state.evaluation.num_tokens, "tokens") as advance:
+        state.evaluation.measure(name, model, advance)
+
+
+def _divergence(state: Run, name: str, model: torch.nn.Module) -> dict[str, Any]:
+    """KLD of a model from the trained one."""
+    with state.bar(name, state.evaluation.num_tokens, "tokens") as advance:
+        return state.evaluation.divergence(state.trained_states, model, advance)
+
+
+def _answer(state: Run, name: str) -> None:
+    prompts = state.batches.prompts
+    if "report" not in state.cfg.stages or not prompts:
+        return
+    with state.bar(f"answers of {name}", len(prompts), "answers") as advance, state.autocast():
+        state.answers[name] = answers(
+            state.adapted.model,
+            state.tokenizer,
+            prompts,
+            state.cfg.evaluate.sample_max_new_tokens,
+            advance,
+        )
+
+
+def _report(state: Run) -> RunReport:
+    base, adapted = state.base, state.adapted
+    prompts = state.batches.prompts if state.batches else []
+    samples = [
+        Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
+        for i, prompt in enumerate(prompts)
+        if state.answers
+    ]
+    return RunReport(
+        recipe=state.cfg.card.name,
+        base=BaseResult(
+            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
+        ),
+        adapter=_adapter_result(adapted) if adapted else None,
+        train=state.train,
+        texts=state.evaluation.results() if state.evaluation else {},
+        guard=state.guard,
+        export=state.export,
+        changes=state.changes,
+        samples=samples,
+        stages=list(state.times),
+        peak_rss_bytes=peak_rss_bytes(),
+        data_notes=state.batches.notes if state.batches else {},
+        versions={"qatlora": __version__, "llama.cpp": llama_cpp_version()}
+        | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
+        settings=dataclasses.asdict(state.cfg),
+    )
+
+
+def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
+    rule = adapted.rule
+    return AdapterResult(
+        kind=rule.kind,
+        rank=rule.rank,
+        alpha=rule.alpha,
+        rounding=rule.rounding,
+        dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
+        trainable_parameters=adapted.num_trainable,
+        tensors=len(adapted.base.trained),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return torch.float32 if precision is Precision.fp32 else torch.bfloat16
