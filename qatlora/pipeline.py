@@ -259,14 +259,14 @@ def _guard(state: Run) -> None:
         )
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
     with state.adapted.held_weights(state.dtype):
-        self_kld = _divergence(state, "self-KLD", state.adapted.model)
+        self_kld = evaluation.self_kld_max(state.adapted.model)
     config = AutoConfig.from_pretrained(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
     _measure(state, "merged", merged)
     roundtrip = _divergence(state, "before/after", merged)
     del merged
     scores = evaluation.scores
-    gates += before_after_gates(max(kld.max for kld in self_kld.values()), roundtrip, cfg.guard)
+    gates += before_after_gates(self_kld, roundtrip, cfg.guard)
     improvement = mean_difference(scores["base"]["task"].nll, scores["merged"]["task"].nll)
     gates += effect_gates(state.num_changed, improvement, cfg.guard)
     before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")

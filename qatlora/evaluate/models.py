@@ -14,6 +14,8 @@ from qatlora.evaluate.statistics import KldSummary, summarize
 from qatlora.evaluate.text import evaluate_text
 from qatlora.report.results import KLD_BIN_EDGES, KldFigures, TextResult
 
+_SELF_KLD_ROWS = 2
+
 OnTokens = Callable[[int], None]
 
 
@@ -22,7 +24,7 @@ class NamedText(Protocol):
 
     @property
     def name(self) -> str:
-        """task or general."""
+        """`task` or `general`."""
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -81,6 +83,20 @@ class Evaluation:
             assert kld is not None
             summaries[text.name] = kld
         return summaries
+
+    def self_kld_max(self, model: nn.Module) -> float:
+        """Largest KLD per token of a model to itself, run twice on the first rows of each text.
+
+        Anything but 0 would mean that its figures are not repeatable.
+        """
+        head, worst = LmHead.of(model), 0.0
+        for text in self.texts:
+            rows = text.rows[:_SELF_KLD_ROWS]
+            states = reference_states(model, rows, self.settings)
+            kld = evaluate_text(model, head, rows, states, self.settings).kld
+            assert kld is not None
+            worst = max(worst, float(kld.abs().max()))
+        return worst
 
     def kld(self, model: str, text: str) -> KldSummary | None:
         """KLD of a measured model to the teacher; None without a teacher."""
