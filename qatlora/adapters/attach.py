@@ -34,7 +34,9 @@ class AdaptedModel:
         """Yield (tensor name, layer) of every Q4_0 tensor in the model's order."""
         inner = self.model.get_base_model()
         for name in self.base.grid:
-            yield name, inner.get_submodule(name)
+            layer = inner.get_submodule(name)
+            assert isinstance(layer, GridLinear | GridAdapter)
+            yield name, layer
 
     def deployed(self) -> Iterator[tuple[str, Q4Blocks]]:
         """Yield (tensor name, deployed blocks), one layer at a time."""
@@ -97,13 +99,14 @@ def attach(base: LoadedBase, rule: AdapterRule) -> AdaptedModel:
     torch.manual_seed(rule.seed)
     config = LoraConfig(
         r=rule.rank,
-        lora_alpha=rule.alpha,
+        lora_alpha=rule.alpha,  # type: ignore[arg-type]  # peft only keeps it: rule.scale acts
         lora_dropout=0.0,  # a dropped delta would not be the deployed one
         bias="none",
         target_modules=list(base.trained),
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({GridLinear: functools.partial(GridAdapter, rule=rule)})
+    wrap = functools.partial(GridAdapter, rule=rule)
+    config._register_custom_module({GridLinear: wrap})  # type: ignore[dict-item]  # only called
     model = get_peft_model(base.model, config)
     return AdaptedModel(base, model, rule)
 

@@ -34,7 +34,7 @@ class DeployedLinear(torch.autograd.Function):
     """y = x W^T; x [..., in] in the compute dtype, parameters float32 or None."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         layer: "GridAdapter",
@@ -50,7 +50,7 @@ class DeployedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A, B, A_s, B_s."""
         x, *parameters = ctx.saved_tensors
         down, up, steps_down, _ = parameters
@@ -117,19 +117,31 @@ def _dense_gradients(
     assert steps_down is not None
     assert steps_up is not None
     steps = layer.get_base_layer().store.steps
-    moves_levels = down is not None and up is not None
-    grad_down = torch.zeros_like(down) if moves_levels else None
-    grad_up = torch.empty_like(up) if moves_levels else None
+    moving = None if down is None or up is None else _LevelGradients(layer, steps, down, up)
     grad_factor = torch.empty(steps.shape, dtype=torch.float32, device=steps.device)
-    ratio = moved_steps(layer, steps).float() * reciprocal(steps) if moves_levels else None
     tile_rows = max(1, _TILE_WEIGHTS // x.shape[-1])
     for first in range(0, len(steps), tile_rows):
         rows = slice(first, first + tile_rows)
         g = (grad_y[:, rows].T @ x).float().unflatten(-1, (-1, BLOCK_SIZE))
         tile_levels = levels[rows].unflatten(-1, (-1, BLOCK_SIZE))
         grad_factor[rows] = (g * tile_levels).sum(-1) * steps[rows].float()
-        if moves_levels:
-            g = (g * (layer.rule.scale * ratio[rows]).unsqueeze(-1)).flatten(-2)
-            grad_up[rows] = g @ down.T
-            grad_down += up[rows].T @ g
-    return grad_down, grad_up, steps_up.T @ grad_factor, grad_factor @ steps_down.T
+        if moving is not None:
+            moving.add(rows, g)
+    level_grads = (None, None) if moving is None else (moving.grad_down, moving.grad_up)
+    return (*level_grads, steps_up.T @ grad_factor, grad_factor @ steps_down.T)
+
+
+class _LevelGradients:
+    """dA and dB in float32 where the steps move too, filled from tiles of rows of g."""
+
+    def __init__(self, layer: "GridAdapter", steps: Tensor, down: Tensor, up: Tensor) -> None:
+        self.down, self.up = down, up
+        self.grad_down, self.grad_up = torch.zeros_like(down), torch.empty_like(up)
+        ratio = moved_steps(layer, steps).float() * reciprocal(steps)
+        self.factor = ratio.mul_(layer.rule.scale)
+
+    def add(self, rows: slice, g: Tensor) -> None:
+        """Take in g of these rows, [rows, in / 32, 32]."""
+        moved = (g * self.factor[rows].unsqueeze(-1)).flatten(-2)
+        self.grad_up[rows] = moved @ self.down.T
+        self.grad_down += self.up[rows].T @ moved

@@ -43,25 +43,33 @@ class GridAdapter(nn.Module, LoraLayer):
         """Create the parameters of one adapter in float32; B starts at zero."""
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = self.rule.scale
-        device = self.get_base_layer().store.steps.device
+        base = self.get_base_layer()
+        device = base.store.steps.device
         pairs: list[tuple[nn.ModuleDict, nn.ModuleDict, int, int]] = []
         if self.rule.moves_levels:
-            pairs.append((self.lora_A, self.lora_B, self.in_features, r))
+            pairs.append((self.lora_A, self.lora_B, base.in_features, r))
         if self.rule.moves_steps:
-            width = self.in_features // BLOCK_SIZE
+            width = base.in_features // BLOCK_SIZE
             pairs.append((self.lora_steps_A, self.lora_steps_B, width, self.rule.steps_rank))
         for down, up, width, rank in pairs:
             down[adapter_name] = nn.Linear(width, rank, bias=False, device=device).float()
-            up[adapter_name] = nn.Linear(rank, self.out_features, bias=False, device=device).float()
-            nn.init.zeros_(up[adapter_name].weight)
+            still = nn.Linear(rank, base.out_features, bias=False, device=device).float()
+            nn.init.zeros_(still.weight)
+            up[adapter_name] = still
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_base_layer(self) -> GridLinear:
+        """The layer below the adapter."""
+        base = super().get_base_layer()
+        assert isinstance(base, GridLinear)
+        return base
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, GridLinear)
         return module.in_features, module.out_features
 
     def parameters_of(self, name: str) -> Tensor | None:
-        """Weight of `lora_A`, `lora_B`, `lora_steps_A`, `lora_steps_B`; None where absent or off."""
+        """Weight of `lora_A`, `lora_B`, `lora_steps_A` or `lora_steps_B`; None if absent or off."""
         if self.disable_adapters:
             return None
         modules = getattr(self, name)

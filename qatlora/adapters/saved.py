@@ -128,7 +128,8 @@ def load_adapter(base: LoadedBase, folder: Path) -> tuple[AdaptedModel, AdapterI
     path = folder / _WEIGHTS
     try:
         state = load_file(path)
-        result = set_peft_model_state_dict(adapted.model, state)
+        # peft annotates a call of namedtuple, which is no type.
+        result: Any = set_peft_model_state_dict(adapted.model, state)
     except (SafetensorError, RuntimeError, OSError) as problem:
         raise AdapterError(
             f"{path} cannot be loaded ({str(problem).splitlines()[0]}). It is damaged or belongs "
