@@ -119,11 +119,6 @@ def _preflight(state: Run) -> None:
     cfg = state.cfg
     if cfg.adapter.path is not None:
         read_identity(Path(cfg.adapter.path))
-    elif "attach" in cfg.stages and "train" not in cfg.stages:
-        raise ConfigError(
-            f"recipe={cfg.card.name} works on a saved adapter and adapter.path is not set. Give "
-            "adapter.path=RUN/adapter."
-        )
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     layout = find_layout(state.source, cfg.base)
@@ -243,9 +238,7 @@ def _write_candidate(state: Run) -> None:
     if cfg.guard.override is not None:
         stamp["guard_override"] = cfg.guard.override
     with state.bar("write candidate", len(base.grid), "tensors") as advance:
-        state.candidate = write_candidate(
-            state.adapted, cfg.export, state.run_dir, stamp, advance
-        )
+        state.candidate = write_candidate(state.adapted, cfg.export, state.run_dir, stamp, advance)
 
 
 def _guard(state: Run) -> None:

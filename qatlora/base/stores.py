@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qatlora.grid import BLOCK_SIZE, Q4Blocks, latents, nearest_levels, pack, unpack
 
-# Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over a
-# tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are better.
+# Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over
+# a tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are
+# better.
 _TILE_WEIGHTS = {"cpu": 1 << 18}
 _TILE_WEIGHTS_ELSEWHERE = 1 << 24
 
@@ -33,12 +34,13 @@ class Store(nn.Module, ABC):
         on_grid: whether the checkpoint's weights lie on this grid.
     """
 
-    steps: Tensor
+    steps: nn.Parameter
     zero_blocks: Tensor
 
     def __init__(self, steps: Tensor, *, on_grid: bool) -> None:
         super().__init__()
-        self.register_buffer("steps", steps.contiguous(), persistent=False)
+        # A parameter, not a buffer: PEFT takes a layer's device from its first parameter.
+        self.steps = nn.Parameter(steps.contiguous(), requires_grad=False)
         self.register_buffer("zero_blocks", torch.nonzero(steps == 0), persistent=False)
         self.on_grid = on_grid
 
