@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory, disk, time; and a refusal where it cannot work.
+"""What a run will need, said before it starts: memory, disk, time; a refusal if it cannot work.
 
 The figures are estimates from the checkpoint's config and one short measurement of this machine's
 matrix product; the run's report holds what it really took.
@@ -99,8 +99,7 @@ def describe(needs: Needs) -> str:
     """One line for the person who waits."""
     minutes = max(1, round(needs.seconds / 60))
     return (
-        f"about {minutes} min, {_gb(needs.memory_bytes)} of memory, "
-        f"{_gb(needs.disk_bytes)} of disk"
+        f"about {minutes} min, {_gb(needs.memory_bytes)} of memory, {_gb(needs.disk_bytes)} of disk"
     )
 
 

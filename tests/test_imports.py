@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
     "evaluate": {"config", "distill", "adapters", "progress"},
-    "train": {"config", "adapters", "distill", "data", "progress", "memory"},
+    "train": {"config", "adapters", "distill", "data", "evaluate", "progress", "memory"},
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),

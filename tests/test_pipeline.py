@@ -139,7 +139,10 @@ def test_training_without_a_teacher_skips_the_drift_gate(
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    tiny_gemma3_folder: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gemma3_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stages = STAGES[: STAGES.index("save_adapter") + 1]
     whole = settings(tiny_gemma3_folder, files, tmp_path / "whole")

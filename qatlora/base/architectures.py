@@ -45,8 +45,8 @@ def tensor_lists(model_type: str, trained: list[str] | None = None) -> TensorLis
     lists = ARCHITECTURES.get(model_type)
     if lists is None:
         raise CheckpointError(
-            f"The checkpoint's model_type is '{model_type}', and the tensor lists are known only for "
-            f"{', '.join(sorted(ARCHITECTURES))}. Use a checkpoint of one of these, or add the "
+            f"The checkpoint's model_type is '{model_type}', and the tensor lists are known only "
+            f"for {', '.join(sorted(ARCHITECTURES))}. Use a checkpoint of one of these, or add the "
             "architecture's lists to qatlora/base/architectures.py."
         )
     if not trained:
@@ -72,8 +72,9 @@ def matching_linears(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name in linears if compiled.fullmatch(name)]
     if not names:
         raise CheckpointError(
-            f"No linear module matches '{pattern}', so there would be nothing to train. The pattern "
-            f"must match a full module name; this model has, for example, {', '.join(linears[:3])}."
+            f"No linear module matches '{pattern}', so there would be nothing to train. The "
+            "pattern must match a full module name; this model has, for example, "
+            f"{', '.join(linears[:3])}."
         )
     return names
 

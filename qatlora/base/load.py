@@ -1,6 +1,6 @@
 """Load a checkpoint so that every trained linear knows its steps and latent levels.
 
-    Source (folder) -> transformers model in bf16 or NF4 -> GridLinear in place of each trained linear
+    Source (folder) -> transformers model in bf16 or NF4 -> GridLinear for each trained linear
 
 The steps always come from the best weights at hand: recovered or searched from the bf16 source, or,
 for a public NF4 build without its source, searched from the dequantized NF4 with a warning.
@@ -142,8 +142,9 @@ def load_base(
     layout = find_layout(source, settings)
     if source.nf4_modules and kind != "nf4":
         raise CheckpointError(
-            f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has thrown "
-            f"the grid away that {kind} would keep. Use storage=nf4, or give the bf16 checkpoint."
+            f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has "
+            f"thrown the grid away that {kind} would keep. Use storage=nf4, or give the bf16 "
+            "checkpoint."
         )
     model = _load_model(source, device, layout.nf4 if kind == "nf4" else None)
     digest = hashlib.sha256()
@@ -195,8 +196,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as problem:  # transformers raises many classes for one cause
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Copy tokenizer.json and tokenizer_config.json of the "
-            "original model into it."
+            f"{str(problem).splitlines()[0]}). Copy tokenizer.json and tokenizer_config.json of "
+            "the original model into it."
         ) from problem
 
 
@@ -269,9 +270,9 @@ def _require_same_nf4(source: Source, wanted: set[str]) -> None:
     example = f"it quantizes {extra[0]}" if extra else f"it leaves {lacking[0]} unquantized"
     raise CheckpointError(
         f"{source.folder} stores {len(stored)} modules as NF4 and the list of its architecture has "
-        f"{len(wanted)}: {example}. On a pre-quantized checkpoint the stored list wins silently, so "
-        "it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes the "
-        "decoder linears only."
+        f"{len(wanted)}: {example}. On a pre-quantized checkpoint the stored list wins silently, "
+        "so it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes "
+        "the decoder linears only."
     )
 
 
@@ -280,9 +281,9 @@ def _best_weight(source: Source, name: str, linear: nn.Module) -> torch.Tensor:
     if name not in source.nf4_modules:
         return source.tensor(f"{name}.weight")
     warnings.warn(
-        f"{source.name} is an NF4 build whose bf16 source is not at hand, so its steps are searched "
-        "from the NF4 values: only about a quarter of an on-grid checkpoint's weights come back. "
-        "Give base.path of the bf16 checkpoint to keep its grid.",
+        f"{source.name} is an NF4 build whose bf16 source is not at hand, so its steps are "
+        "searched from the NF4 values: only about a quarter of an on-grid checkpoint's weights "
+        "come back. Give base.path of the bf16 checkpoint to keep its grid.",
         stacklevel=2,
     )
     return dequantized_nf4(linear.weight)

@@ -58,8 +58,8 @@ class Source:
         """
         if name not in self.files:
             raise CheckpointError(
-                f"{self.folder} has no tensor '{name}', which its config.json calls for. The folder "
-                "is incomplete or belongs to another model: download it again."
+                f"{self.folder} has no tensor '{name}', which its config.json calls for. The "
+                "folder is incomplete or belongs to another model: download it again."
             )
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
@@ -134,8 +134,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config["model_type"]
     except (ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(
-            f"{path} cannot be used ({type(problem).__name__}: {problem}): it must be a JSON object "
-            "with a model_type. Download the checkpoint again."
+            f"{path} cannot be used ({type(problem).__name__}: {problem}): it must be a JSON "
+            "object with a model_type. Download the checkpoint again."
         ) from None
     return config
 
@@ -145,8 +145,8 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(
-            f"{folder} holds no .safetensors file. Only safetensors are read (a pickle can run code): "
-            "convert the checkpoint with transformers' save_pretrained."
+            f"{folder} holds no .safetensors file. Only safetensors are read (a pickle can run "
+            "code): convert the checkpoint with transformers' save_pretrained."
         )
     for shard in shards:
         try:

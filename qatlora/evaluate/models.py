@@ -50,7 +50,9 @@ class Evaluation:
     @property
     def num_tokens(self) -> int:
         """Scored tokens of all texts."""
-        return sum(label != -100 for text in self.texts for row in text.rows for label in row.labels)
+        return sum(
+            label != -100 for text in self.texts for row in text.rows for label in row.labels
+        )
 
     def states_of(self, model: nn.Module, on_tokens: OnTokens) -> dict[str, ReferenceStates]:
         """Run a model over all texts and keep its final hidden states."""

@@ -110,9 +110,9 @@ def _stage_other_files(adapted: AdaptedModel, staging: Path) -> None:
     """Configuration, tokenizer and template, without marks that only training needs."""
     source = adapted.base.source
     for path in source.folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
-            if "safetensors.index" not in path.name:
-                shutil.copy2(path, staging / path.name)
+        weights = path.suffix == ".safetensors" or "safetensors.index" in path.name
+        if path.is_file() and not weights and path.name != "config.json":
+            shutil.copy2(path, staging / path.name)
     config: dict[str, Any] = dict(source.config)
     config.pop("quantization_config", None)
     files.write_json(staging / "config.json", config)

@@ -57,9 +57,7 @@ def before_after_gates(
     ]
 
 
-def effect_gates(
-    num_changed: int, improvement: Mean, settings: GuardConfig
-) -> list[GateResult]:
+def effect_gates(num_changed: int, improvement: Mean, settings: GuardConfig) -> list[GateResult]:
     """At least one code or step changed, and the merged model predicts the held-out chats better.
 
     Args:
@@ -106,9 +104,7 @@ def llama_cpp_gate() -> GateResult:
     return _skipped(gate, "not measured by this recipe; gates 1 to 4 decide")
 
 
-def _at_most(
-    name: str, value: float | None, limit: float, unit: str, message: str
-) -> GateResult:
+def _at_most(name: str, value: float | None, limit: float, unit: str, message: str) -> GateResult:
     passed = value is not None and value <= limit
     return GateResult(name, value, limit, unit, "passed" if passed else "failed", message)
 

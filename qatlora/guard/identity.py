@@ -54,8 +54,8 @@ def identity_gate(
         limit=float(limit),
         unit="differing blocks",
         status="passed" if num_differing <= limit else "failed",
-        message=f"{num_differing} of {num_blocks} blocks in {num_tensors} tensors differ from those "
-        f"recorded when training ended{first_difference}",
+        message=f"{num_differing} of {num_blocks} blocks in {num_tensors} tensors differ from "
+        f"those recorded when training ended{first_difference}",
     )
 
 

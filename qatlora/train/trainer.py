@@ -3,7 +3,8 @@
 Every optimizer step normalizes each of its three terms by the number of tokens that carry it in the
 whole step, over all micro-batches and processes, so the loss does not depend on how a batch is cut:
 
-    loss = ce_weight * mean CE(chat) + kl_weight * mean KL(chat) + general_kl_weight * mean KL(replay)
+    loss = ce_weight * mean CE(chat) + kl_weight * mean KL(chat)
+         + general_kl_weight * mean KL(replay)
 """
 
 from dataclasses import dataclass
