@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qatlora.errors import CheckpointError
 
@@ -55,11 +56,12 @@ def tensor_lists(model_type: str, trained: list[str] | None = None) -> TensorLis
     return TensorLists(trained=pattern, nf4=lists.nf4, q4_0=f"{lists.q4_0}|{pattern}")
 
 
-def matching_linears(model: nn.Module, pattern: str) -> list[str]:
+def matching_linears(model: PreTrainedModel, pattern: str) -> list[str]:
     """Names of the linear modules whose full name matches, in the model's order.
 
     Raises:
-        CheckpointError: nothing matches, or the pattern is no regular expression.
+        CheckpointError: nothing matches, the output matrix matches, or the pattern is no regular
+            expression.
     """
     try:
         compiled = re.compile(pattern)
@@ -75,6 +77,13 @@ def matching_linears(model: nn.Module, pattern: str) -> list[str]:
             f"No linear module matches '{pattern}', so there would be nothing to train. The "
             "pattern must match a full module name; this model has, for example, "
             f"{', '.join(linears[:3])}."
+        )
+    head = model.get_output_embeddings()
+    if any(model.get_submodule(name) is head for name in names):
+        raise CheckpointError(
+            f"'{pattern}' matches the output matrix, which is never trained: it is exported with "
+            "the embeddings (export.other_type), and losses and evaluation multiply by it in "
+            "chunks. Leave it out of base.trained."
         )
     return names
 

@@ -26,6 +26,11 @@ class GridLinear(nn.Module):
         self.in_features = store.in_features
         self.held_weight: Tensor | None = None
 
+    @property
+    def qweight(self) -> Tensor:
+        """Where PEFT looks for the device of a quantized layer, which new adapters then go to."""
+        return self.store.steps
+
     def base_blocks(self) -> Q4Blocks:
         """The base's own blocks: its steps, and each latent rounded to the nearest level."""
         levels = torch.cat([nearest_levels(latents) for _, latents in self.store.latent_tiles()])
