@@ -225,6 +225,8 @@ class TrainConfig:
     micro_batch_rows: int = 2
     """Rows per forward pass; divides rows_per_step."""
     gradient_checkpointing: bool = False
+    keep_blocks: bool = True
+    """Keep deployed blocks from forward to backward: one byte per weight for less time."""
     save_steps: int = 20
     """Optimizer steps between two checkpoints."""
     resume: bool = False

@@ -53,6 +53,12 @@ class AdaptedModel:
         """Tensor name -> hex SHA-256 of its packed blocks."""
         return {name: digest(blocks) for name, blocks in self.deployed()}
 
+    def keep_blocks(self, keep: bool) -> None:
+        """Let every adapter keep its blocks from the forward to the backward pass, or not."""
+        for _, layer in self.layers():
+            if isinstance(layer, GridAdapter):
+                layer.keeps_blocks = keep
+
     @property
     def num_trainable(self) -> int:
         """Number of trainable parameters."""

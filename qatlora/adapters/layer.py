@@ -34,6 +34,7 @@ class GridAdapter(nn.Module, LoraLayer):
         self.lora_steps_A = nn.ModuleDict()
         self.lora_steps_B = nn.ModuleDict()
         self.held_weight: Tensor | None = None
+        self.keeps_blocks = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, rule.rank, int(rule.alpha), config)
 

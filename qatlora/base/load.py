@@ -293,8 +293,9 @@ def _store(kind: str, linear: nn.Module, recovered: Recovered, *, on_grid: bool)
     if kind == "q4_0":
         return Q4Store(recovered.blocks)
     # A module that is Q4_0 in the GGUF but not in the NF4 list stays bf16 in memory.
-    store = Nf4Store if hasattr(linear.weight, "quant_state") else Bf16Store
-    return store(linear.weight.detach(), recovered.blocks.steps, on_grid=on_grid)
+    if hasattr(linear.weight, "quant_state"):
+        return Nf4Store(linear.weight, recovered.blocks.steps, on_grid=on_grid)
+    return Bf16Store(linear.weight.detach(), recovered.blocks.steps, on_grid=on_grid)
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

@@ -42,6 +42,7 @@ def train(
     Raises:
         TrainError: a loss that is not finite (the last checkpoint stays), or nothing to resume.
     """
+    adapted.keep_blocks(settings.keep_blocks)
     log = StepLog(run_dir / "train_log.jsonl", resume=settings.resume, on_step=on_step)
     trainer = GridTrainer(
         objective=objective,

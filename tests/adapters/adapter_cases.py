@@ -11,7 +11,7 @@ from qatlora.grid import Q4Blocks, decode
 
 OUT, IN = 6, 96
 RULE = AdapterRule(
-    kind="lora", rank=4, alpha=12.0, steps_rank=3, rounding="frozen", dither=True, seed=7
+    kind="lora", rank=4, alpha=12.0, steps_rank=3, rounding="frozen", dither="auto", seed=7
 )
 
 

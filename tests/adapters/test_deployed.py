@@ -85,7 +85,7 @@ def test_both_rounds_levels_by_the_base_steps() -> None:
 
 
 def test_reference_rounding_is_llama_cpps_rule_on_the_merged_weight() -> None:
-    layer = adapter(dataclasses.replace(RULE, rounding="reference", dither=False))
+    layer = adapter(dataclasses.replace(RULE, rounding="reference", dither="never"))
     base = decode(layer.get_base_layer().base_blocks())
     delta = low_rank(layer.lora_B["default"].weight, layer.lora_A["default"].weight, 3.0)
     expected, deployed = encode_reference(base + delta), deployed_weight(layer)
@@ -114,7 +114,7 @@ def test_dither_makes_the_expected_change_equal_the_delta() -> None:
     blocks = Q4Blocks(torch.full((64, 32), 0.01).half(), levels)
 
     def mean_change(dithered: bool) -> float:
-        rule = dataclasses.replace(RULE, rank=1, alpha=1.0, dither=dithered)
+        rule = dataclasses.replace(RULE, rank=1, alpha=1.0, dither="auto" if dithered else "never")
         store = Q4Store(blocks)
         layer = GridAdapter(GridLinear("model.y", store), "default", LoraConfig(), rule=rule)
         step = float(blocks.steps[0, 0])
