@@ -46,10 +46,10 @@ def fill(adapted: AdaptedModel, seed: int) -> None:
 
 
 def adapted_model(
-    folder: Path, kind: str = "q4_0", seed: int | None = 1, **changes: Any
+    folder: Path, storage: str = "q4_0", seed: int | None = 1, **changes: Any
 ) -> AdaptedModel:
     """A base with an adapter; `seed` of its parameters, None leaves it without effect."""
-    adapted = attach(loaded(folder, kind), dataclasses.replace(RULE, **changes))
+    adapted = attach(loaded(folder, storage), dataclasses.replace(RULE, **changes))
     if seed is not None:
         fill(adapted, seed)
     return adapted

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from qatlora import files
 from qatlora.adapters.attach import AdaptedModel
-from qatlora.base.source import Source
 from qatlora.config import ExportConfig
 from qatlora.data.templates import strip_generation_markers
 from qatlora.errors import ExportError
@@ -87,7 +86,7 @@ def write_candidate(
     staging = hidden / "staging"
     staging.mkdir(parents=True)
     _stage_other_files(adapted, staging)
-    _stage_other_tensors(adapted.base.source, set(adapted.base.grid), staging)
+    _stage_other_tensors(adapted, staging)
     packed = {}
     for name, blocks in adapted.deployed():
         packed[f"{name}.weight"] = pack(blocks).cpu()
@@ -121,9 +120,11 @@ def _stage_other_files(adapted: AdaptedModel, staging: Path) -> None:
         files.write_text(staging / "chat_template.jinja", strip_generation_markers(template))
 
 
-def _stage_other_tensors(source: Source, grid: set[str], staging: Path) -> None:
+def _stage_other_tensors(adapted: AdaptedModel, staging: Path) -> None:
     """Copy every tensor that is not deployed as Q4_0, one file at a time."""
-    tied = bool(source.config.get("tie_word_embeddings", False))
+    source, grid, model = adapted.base.source, set(adapted.base.grid), adapted.base.model
+    # Asked of the model: config.json may be silent about it, as Gemma's is.
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     shards = sorted(set(source.files.values()))
     for number, shard in enumerate(shards, start=1):
         kept = {}

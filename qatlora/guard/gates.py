@@ -8,6 +8,8 @@
 A gate never prints and never raises: `qatlora.guard.judge` decides what follows.
 """
 
+import numpy as np
+
 from qatlora.config import GuardConfig
 from qatlora.evaluate import KldSummary, Mean
 from qatlora.report.results import GateResult
@@ -24,11 +26,12 @@ def before_after_gates(
         roundtrip: text name -> KLD(trained || read back).
         settings: the limits.
     """
-    mean = max(summary.mean for summary in roundtrip.values())
-    p99 = max(summary.p99 for summary in roundtrip.values())
-    same_top = min(summary.same_top for summary in roundtrip.values())
-    worst = max(summary.max for summary in roundtrip.values())
-    median = max(summary.median for summary in roundtrip.values())
+    # numpy's maximum of anything and NaN is NaN, which fails; Python's may be the other value.
+    mean = float(np.max([summary.mean for summary in roundtrip.values()]))
+    p99 = float(np.max([summary.p99 for summary in roundtrip.values()]))
+    same_top = float(np.min([summary.same_top for summary in roundtrip.values()]))
+    worst = float(np.max([summary.max for summary in roundtrip.values()]))
+    median = float(np.max([summary.median for summary in roundtrip.values()]))
     where = " and ".join(roundtrip)
     return [
         _at_most("self_kld", self_kld_max, 0.0, "nats", "largest KLD of the model to itself"),

@@ -1,0 +1,137 @@
+import pytest
+
+from qatlora.config import GuardConfig
+from qatlora.evaluate import KldSummary, Mean
+from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.judge import explain, verdict
+from qatlora.report.results import GateResult
+
+LIMITS = GuardConfig(
+    roundtrip_kld_mean_max_nats=1e-6,
+    roundtrip_kld_p99_max_nats=1e-5,
+    roundtrip_same_top_min_share=0.99,
+    effect_min_standard_errors=2.0,
+    drift_kld_increase_max_nats=0.25,
+)
+
+
+def kld(mean: float = 0.0, p99: float = 0.0, same_top: float = 1.0) -> KldSummary:
+    rest = dict.fromkeys(("mean_stderr", "median", "p90", "p95", "p999", "max"), 0.0)
+    more = dict.fromkeys(("same_top_stderr", "rms_dp", "rms_dp_stderr"), 0.0)
+    return KldSummary(mean=mean, p99=p99, same_top=same_top, **rest, **more)
+
+
+def statuses(gates: list[GateResult]) -> dict[str, str]:
+    return {gate.name: gate.status for gate in gates}
+
+
+@pytest.mark.parametrize(
+    ("gate", "at_the_limit", "beyond"),
+    [
+        ("before_after_kld_mean", kld(mean=1e-6), kld(mean=1.001e-6)),
+        ("before_after_kld_p99", kld(p99=1e-5), kld(p99=1.001e-5)),
+        ("before_after_same_top", kld(same_top=0.99), kld(same_top=0.9899)),
+    ],
+)
+def test_before_and_after_pass_at_the_limit_and_fail_beyond_it_on_any_text(
+    gate: str, at_the_limit: KldSummary, beyond: KldSummary
+):
+    passed = before_after_gates(0.0, {"task": at_the_limit, "general": at_the_limit}, LIMITS)
+    assert set(statuses(passed).values()) == {"passed"}
+    for texts in ({"task": beyond, "general": kld()}, {"task": kld(), "general": beyond}):
+        found = statuses(before_after_gates(0.0, texts, LIMITS))
+        assert found.pop(gate) == "failed"
+        assert set(found.values()) == {"passed"}
+
+
+@pytest.mark.parametrize(("value", "status"), [(0.0, "passed"), (1e-12, "failed")])
+def test_a_model_that_differs_from_itself_fails(value: float, status: str):
+    assert statuses(before_after_gates(value, {"task": kld()}, LIMITS))["self_kld"] == status
+
+
+@pytest.mark.parametrize("name", ["mean", "p99", "same_top"])
+def test_a_figure_that_is_no_number_fails(name: str):
+    texts = {"task": kld(), "general": kld(**{name: float("nan")})}
+    assert "failed" in statuses(before_after_gates(0.0, texts, LIMITS)).values()
+
+
+@pytest.mark.parametrize(
+    ("num_changed", "improvement", "changed", "loss"),
+    [
+        (1, Mean(0.25, 0.125), "passed", "passed"),
+        (0, Mean(0.25, 0.125), "failed", "passed"),
+        (1, Mean(0.2499, 0.125), "passed", "failed"),
+        (1, Mean(-1.0, 0.125), "passed", "failed"),
+        (1, Mean(0.0, 0.0), "passed", "failed"),
+        (1, Mean(float("nan"), 0.125), "passed", "failed"),
+    ],
+)
+def test_an_effect_is_a_change_and_a_loss_that_fell_by_some_standard_errors(
+    num_changed: int, improvement: Mean, changed: str, loss: str
+):
+    found = statuses(effect_gates(num_changed, improvement, LIMITS))
+    assert found == {"effect_changed": changed, "effect_loss": loss}
+
+
+def test_no_effect_is_asked_for_when_none_is_required():
+    gates = effect_gates(0, Mean(-1.0, 0.1), GuardConfig(require_effect=False))
+    assert set(statuses(gates).values()) == {"skipped"}
+    assert all("guard.require_effect=false" in gate.message for gate in gates)
+    assert [gate.value for gate in gates] == [0.0, pytest.approx(-10.0)]
+
+
+@pytest.mark.parametrize(
+    ("base", "merged", "status"),
+    [
+        (1.0, 1.25, "passed"),
+        (1.0, 1.2501, "failed"),
+        (1.0, 0.5, "passed"),
+        (1.0, float("nan"), "failed"),
+    ],
+)
+def test_drift_is_the_increase_of_the_distance_from_the_teacher(
+    base: float, merged: float, status: str
+):
+    gate = drift_gate(kld(base), kld(merged), LIMITS)
+    assert gate.status == status
+    assert gate.limit == 0.25
+
+
+def test_without_a_teacher_drift_is_skipped_with_the_reason():
+    for pair in ((None, None), (None, kld()), (kld(), None)):
+        gate = drift_gate(*pair, LIMITS)
+        assert (gate.status, gate.value) == ("skipped", None)
+        assert "there is no teacher" in gate.message
+
+
+def test_the_runtime_gate_is_skipped_and_says_so():
+    assert llama_cpp_gate().status == "skipped"
+
+
+def test_a_verdict_passes_with_skipped_gates_and_fails_with_one_failed():
+    gates = [*before_after_gates(0.0, {"task": kld()}, LIMITS), llama_cpp_gate()]
+    assert verdict(gates, None).passed
+    failed = verdict([*gates, drift_gate(kld(0), kld(1), LIMITS)], None)
+    assert not failed.passed
+    assert len(failed.gates) == len(gates) + 1
+
+
+def test_an_override_is_recorded_only_where_a_gate_failed():
+    passed, failed = drift_gate(kld(0), kld(0), LIMITS), drift_gate(kld(0), kld(1), LIMITS)
+    assert verdict([passed], "I know").override is None
+    assert verdict([failed], "I know").override == "I know"
+
+
+def test_every_gate_that_can_fail_is_explained_by_name_figure_limit_and_remedy():
+    texts = {"task": kld(1.0, 1.0, 0.5)}
+    gates = before_after_gates(1.0, texts, LIMITS) + effect_gates(0, Mean(-1.0, 0.1), LIMITS)
+    gates.append(drift_gate(kld(0), kld(1), LIMITS))
+    gates.append(GateResult("identity", 3.0, 0.0, "differing blocks", "failed", "3 of 9"))
+    assert {gate.status for gate in gates} == {"failed"}
+    for gate in gates:
+        sentence = explain(verdict([gate], None))
+        start = (
+            f"Gate {gate.name}: {gate.value:.6g} {gate.unit} where the limit is {gate.limit:.6g}"
+        )
+        assert sentence.startswith(f"{start} ({gate.message}). ")
+        assert len(sentence.split("). ", 1)[1]) > 20
