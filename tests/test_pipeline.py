@@ -47,7 +47,7 @@ def settings(base: Path, data: dict[str, Path], run_dir: Path) -> RootConfig:
     cfg.card.name = "chat_sft"
     cfg.base.path, cfg.base.name = str(base), "tiny"
     cfg.data.kind, cfg.data.path = DataKind.jsonl, str(data["chats"])
-    cfg.data.general, cfg.data.max_length_tokens = str(data["text"]), 64
+    cfg.data.general, cfg.data.max_length_tokens = str(data["text"]), 128
     cfg.data.eval_tokens, cfg.data.num_prompts = 64, 1
     cfg.train.max_steps, cfg.train.rows_per_step, cfg.train.micro_batch_rows = 4, 4, 2
     cfg.train.learning_rate, cfg.train.save_steps = 2e-2, 2
