@@ -41,7 +41,7 @@ from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.source import check_converter, llama_cpp_version
 from qatlora.memory import peak_rss_bytes
 from qatlora.report.console import to_console
-from qatlora.report.json_report import plain
+from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
@@ -267,7 +267,10 @@ def _guard(state: Run) -> None:
     gates.append(llama_cpp_gate())
     state.guard = verdict(gates, cfg.guard.override)
     if not state.guard.passed:
-        _write_report(state)  # a failed run leaves its figures, too
+        try:
+            _write_report(state)  # a failed run leaves its figures, too
+        except ReportError as problem:  # a figure is no number: the guard says so below
+            progress.say(str(problem))
 
 
 def _publish(state: Run) -> None:
