@@ -97,6 +97,6 @@ def require_block_width(name: str, in_features: int, block_size: int) -> None:
     if in_features % block_size:
         raise CheckpointError(
             f"{name} has {in_features} input features, and Q4_0 cuts every row into blocks of "
-            f"{block_size}: {in_features} is no multiple of it. Use a checkpoint whose decoder "
-            "widths are multiples of 32."
+            f"{block_size}: {in_features} is no multiple of it; use a checkpoint whose widths "
+            "are multiples of 32."
         )
