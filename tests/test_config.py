@@ -123,7 +123,7 @@ def test_every_section_says_what_it_is_for():
         ("adapter.alpha", float("nan"), "greater than 0"),
         ("train.max_steps", 0, "at least 1"),
         ("train.learning_rate", float("inf"), "greater than 0"),
-        ("train.micro_batch_rows", 3, "must divide train.rows_per_step=2"),
+        ("train.micro_batch_rows", 3, "must divide train.rows_per_step=4"),
         ("train.warmup_ratio", 1.0, "below 1"),
         ("train.device", "gpu", "auto, cpu, cuda"),
         ("teacher.kl_weight", -0.1, "at least 0"),
