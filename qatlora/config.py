@@ -210,7 +210,7 @@ class TeacherConfig:
 class TrainConfig:
     """The optimizer's course; rows are packed or single conversations of max_length_tokens."""
 
-    max_steps: int = 40
+    max_steps: int = 30
     learning_rate: float = 1e-3
     """Peak rate of the low-rank factors of the levels."""
     steps_learning_rate: float = 1e-2
@@ -220,9 +220,9 @@ class TrainConfig:
     """Share of max_steps in which the rate rises from zero."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    rows_per_step: int = 2
+    rows_per_step: int = 4
     """Rows per optimizer step, replay rows among them, over all micro-batches and processes."""
-    micro_batch_rows: int = 2
+    micro_batch_rows: int = 4
     """Rows per forward pass; divides rows_per_step."""
     gradient_checkpointing: bool = False
     keep_blocks: bool = True
