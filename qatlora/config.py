@@ -348,12 +348,18 @@ def _settle_paths(root: RootConfig) -> None:
             section.path = str(Path(section.path).expanduser().absolute())
 
 
+# An embedded base without a template of its own; a displaced one must not leave its template behind.
+_EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
+
+
 def _settle_base(base: BaseConfig) -> None:
     """Let a path or hub id displace the default embedded base, and name what has no name."""
     if base.path or base.hub_id:
         if base.name == base.embedded:
             base.name = None
         base.embedded = None
+    elif base.embedded and base.chat_template is None:
+        base.chat_template = _EMBEDDED_TEMPLATES.get(base.embedded)
     if base.name is None:
         source = base.embedded or base.path or base.hub_id or "base"
         base.name = re.sub(r"\.gguf$", "", Path(source).name, flags=re.IGNORECASE)

@@ -83,6 +83,14 @@ def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_lora(vali
     assert valid.adapter.alpha != valid.adapter.rank
 
 
+def test_an_embedded_base_brings_its_template_and_takes_it_away_when_displaced(tmp_path):
+    assert settings().base.chat_template == "gemma3"
+    assert settings("base=smollm2_135m").base.chat_template is None
+    assert settings(f"base.path={tmp_path}").base.chat_template is None
+    chosen = settings(f"base.path={tmp_path}", "base.chat_template=chatml")
+    assert chosen.base.chat_template == "chatml"
+
+
 def test_a_path_alone_displaces_the_embedded_base_and_names_the_run(tmp_path):
     root = settings(f"base.path={tmp_path}/Model-7B.gguf")
     assert (root.base.embedded, root.base.name) == (None, "Model-7B")
