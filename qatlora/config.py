@@ -348,7 +348,7 @@ def _settle_paths(root: RootConfig) -> None:
             section.path = str(Path(section.path).expanduser().absolute())
 
 
-# An embedded base without a template of its own; a displaced one must not leave its template behind.
+# Templates of embedded bases that have none; a displaced base must not leave one behind.
 _EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
 
 
