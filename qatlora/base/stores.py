@@ -34,13 +34,12 @@ class Store(nn.Module, ABC):
         on_grid: whether the checkpoint's weights lie on this grid.
     """
 
-    steps: nn.Parameter
+    steps: Tensor
     zero_blocks: Tensor
 
     def __init__(self, steps: Tensor, *, on_grid: bool) -> None:
         super().__init__()
-        # A parameter, not a buffer: PEFT takes a layer's device from its first parameter.
-        self.steps = nn.Parameter(steps.contiguous(), requires_grad=False)
+        self.register_buffer("steps", steps.contiguous(), persistent=False)
         self.register_buffer("zero_blocks", torch.nonzero(steps == 0), persistent=False)
         self.on_grid = on_grid
 
