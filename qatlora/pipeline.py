@@ -8,94 +8,42 @@ rooms; none of them sees the root config.
 """
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
 from qatlora import __version__, files, preflight, progress
-from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
+from qatlora.adapters.attach import adapter_rule, attach, changed_share
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
-from qatlora.base.load import LoadedBase, find_layout, load_base, load_plain, load_tokenizer
+from qatlora.base.layout import find_layout
+from qatlora.base.load import load_base, load_plain, load_tokenizer
 from qatlora.base.others import deploy_embeddings
-from qatlora.base.source import Source, find_source
-from qatlora.config import Precision, RootConfig, TeacherKind
+from qatlora.base.source import find_source
+from qatlora.config import RootConfig, TeacherKind
 from qatlora.data.load import load_data
-from qatlora.data.rows import Batches
 from qatlora.data.templates import chosen_template, training_template
 from qatlora.errors import AdapterError, ConfigError
-from qatlora.evaluate import ReferenceStates, ScoreSettings, mean_difference
+from qatlora.evaluate import ScoreSettings, mean_difference
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
-from qatlora.export.candidate import Candidate, write_candidate
+from qatlora.export.candidate import write_candidate
 from qatlora.export.publish import publish
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.source import check_converter, llama_cpp_version
-from qatlora.memory import peak_rss_bytes
 from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
-from qatlora.report.results import (
-    AdapterResult,
-    BaseResult,
-    ExportResult,
-    GuardResult,
-    LayerChange,
-    RunReport,
-    Sample,
-    StageTime,
-    TrainResult,
-)
+from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
-
-_REPORTED_PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
-)  # fmt: skip
-
-
-@dataclass
-class Run:
-    """What the stages of one run have produced so far; a field is None until its stage has run."""
-
-    cfg: RootConfig
-    run_dir: Path
-    device: torch.device
-    dtype: torch.dtype
-    source: Source | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    batches: Batches | None = None
-    base: LoadedBase | None = None
-    teacher: PreTrainedModel | None = None
-    adapted: AdaptedModel | None = None
-    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
-    evaluation: Evaluation | None = None
-    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
-    answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
-    changes: list[LayerChange] = field(default_factory=list)
-    num_changed: int = 0
-    train: TrainResult | None = None
-    candidate: Candidate | None = None
-    guard: GuardResult | None = None
-    export: ExportResult | None = None
-    times: list[StageTime] = field(default_factory=list)
-
-    def bar(self, name: str, total: int, unit: str) -> Any:
-        """A progress bar for a long part of a stage."""
-        return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
-
-    def autocast(self) -> torch.autocast:
-        """The arithmetic of forwards outside evaluation and training."""
-        enabled = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def run(cfg: RootConfig) -> RunReport:
@@ -104,14 +52,14 @@ def run(cfg: RootConfig) -> RunReport:
     Raises:
         QatloraError: bad input (before any long work), or a failed gate (nothing published).
     """
-    state = Run(cfg, Path(cfg.run_dir), _device(cfg.train.device), _dtype(cfg.train.precision))
+    state = Run.start(cfg)
     state.run_dir.mkdir(parents=True, exist_ok=True)
     files.write_json(state.run_dir / "config.json", plain(dataclasses.asdict(cfg)))
     for name in cfg.stages:
         start = time.monotonic()
         STAGES[name](state)
         state.times.append(StageTime(name, time.monotonic() - start))
-    return _report(state)
+    return report_of(state)
 
 
 def _preflight(state: Run) -> None:
@@ -121,8 +69,8 @@ def _preflight(state: Run) -> None:
         read_identity(Path(cfg.adapter.path))
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
-    layout = find_layout(state.source, cfg.base)
-    needs = preflight.estimate(cfg, state.source, layout, state.device)
+    state.layout = find_layout(state.source, cfg.base)
+    needs = preflight.estimate(cfg, state.source, state.layout, state.device)
     preflight.require(needs, state.run_dir)
     if "write_candidate" in cfg.stages:
         check_converter()
@@ -138,16 +86,15 @@ def _load_data(state: Run) -> None:
         cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
     )
     state.tokenizer.chat_template = training_template(state.tokenizer)
-    settings = ScoreSettings(compute_dtype=_dtype(cfg.evaluate.logits_precision))
+    settings = ScoreSettings(compute_dtype=dtype_of(cfg.evaluate.logits_precision))
     state.evaluation = Evaluation(state.batches.texts, settings)
 
 
 def _load_base(state: Run) -> None:
     cfg = state.cfg
-    total = len(find_layout(state.source, cfg.base).grid)
-    with state.bar("load base", total, "tensors") as advance:
+    with state.bar("load base", len(state.layout.grid), "tensors") as advance:
         state.base = load_base(
-            state.source, cfg.base, cfg.storage, state.device, state.tokenizer, advance
+            state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
     deploy_embeddings(state.base.model, cfg.export.other_type.name)
     if cfg.teacher.kind is TeacherKind.bf16:
@@ -278,7 +225,7 @@ def _publish(state: Run) -> None:
 
 
 def _write_report(state: Run) -> None:
-    report = _report(state)
+    report = report_of(state)
     write_report(report, state.run_dir)
     progress.console.print(to_console(report))
 
@@ -322,55 +269,3 @@ def _answer(state: Run, name: str) -> None:
             state.cfg.evaluate.sample_max_new_tokens,
             advance,
         )
-
-
-def _report(state: Run) -> RunReport:
-    base, adapted = state.base, state.adapted
-    prompts = state.batches.prompts if state.batches else []
-    samples = [
-        Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
-        for i, prompt in enumerate(prompts)
-        if state.answers
-    ]
-    return RunReport(
-        recipe=state.cfg.card.name,
-        base=BaseResult(
-            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
-        ),
-        adapter=_adapter_result(adapted) if adapted else None,
-        train=state.train,
-        texts=state.evaluation.results() if state.evaluation else {},
-        guard=state.guard,
-        export=state.export,
-        changes=state.changes,
-        samples=samples,
-        stages=list(state.times),
-        peak_rss_bytes=peak_rss_bytes(),
-        data_notes=state.batches.notes if state.batches else {},
-        versions={"qatlora": __version__, "llama.cpp": llama_cpp_version()}
-        | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
-        settings=dataclasses.asdict(state.cfg),
-    )
-
-
-def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
-    rule = adapted.rule
-    return AdapterResult(
-        kind=rule.kind,
-        rank=rule.rank,
-        alpha=rule.alpha,
-        rounding=rule.rounding,
-        dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
-        trainable_parameters=adapted.num_trainable,
-        tensors=len(adapted.base.trained),
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(precision: Precision) -> torch.dtype:
-    return torch.float32 if precision is Precision.fp32 else torch.bfloat16

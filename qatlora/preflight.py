@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qatlora.base.load import Layout
+from qatlora.base.layout import Layout
 from qatlora.base.source import Source
 from qatlora.config import RootConfig
 from qatlora.errors import ResourceError

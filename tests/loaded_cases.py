@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.adapters.deployed import AdapterRule
+from qatlora.base.layout import find_layout
 from qatlora.base.load import LoadedBase, load_base, load_tokenizer
 from qatlora.base.source import find_source
 from qatlora.config import BaseConfig, ExportConfig, Storage, StorageConfig
@@ -27,9 +28,10 @@ NUM_LINEARS = 14
 
 def loaded(folder: Path, kind: str = "q4_0", **settings: Any) -> LoadedBase:
     base = BaseConfig(path=str(folder), name="tiny", **settings)
+    source = find_source(base)
     return load_base(
-        find_source(base),
-        base,
+        source,
+        find_layout(source, base),
         StorageConfig(kind=Storage[kind]),
         torch.device("cpu"),
         load_tokenizer(folder),

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,13 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
+from qatlora.base.layout import Layout
 from qatlora.base.linear import GridLinear
 from qatlora.base.source import Source
 from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store, Store, dequantized_nf4
-from qatlora.config import BaseConfig, StorageConfig
+from qatlora.config import StorageConfig
 from qatlora.errors import CheckpointError
-from qatlora.grid import BLOCK_SIZE, Recovered, recover
+from qatlora.grid import Recovered, recover
 
 # A checkpoint counts as on a grid when nearly all blocks of a tensor are: a single odd block (an
 # edited row, say) should not send the whole tensor to the latent path.
@@ -72,54 +71,9 @@ class LoadedBase:
         return self.on_grid_share >= _ON_GRID_SHARE
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the three lists select in one checkpoint, found on the meta device.
-
-    Attributes:
-        trained: modules that get an adapter.
-        nf4: modules stored as NF4 when storage=nf4.
-        grid: modules that are Q4_0 in the GGUF.
-        num_parameters: all parameters, tied ones once.
-        num_grid_weights: weights of the modules in `grid`.
-    """
-
-    trained: tuple[str, ...]
-    nf4: tuple[str, ...]
-    grid: tuple[str, ...]
-    num_parameters: int
-    num_grid_weights: int
-
-
-def find_layout(source: Source, settings: BaseConfig) -> Layout:
-    """Apply the lists to the architecture without reading a weight.
-
-    Raises:
-        CheckpointError: unknown architecture, nothing matches, a width is no multiple of 32, or a
-            stored NF4 build quantizes other modules than the list says.
-    """
-    lists = tensor_lists(source.model_type, settings.trained)
-    config = AutoConfig.from_pretrained(source.folder)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    trained = matching_linears(skeleton, lists.trained)
-    nf4 = matching_linears(skeleton, lists.nf4)
-    grid = matching_linears(skeleton, lists.q4_0)
-    for name in grid:
-        require_block_width(name, skeleton.get_submodule(name).in_features, BLOCK_SIZE)
-    _require_same_nf4(source, set(nf4))
-    return Layout(
-        trained=tuple(trained),
-        nf4=tuple(nf4),
-        grid=tuple(grid),
-        num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        num_grid_weights=sum(skeleton.get_submodule(name).weight.numel() for name in grid),
-    )
-
-
 def load_base(
     source: Source,
-    settings: BaseConfig,
+    layout: Layout,
     storage: StorageConfig,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase,
@@ -129,7 +83,7 @@ def load_base(
 
     Args:
         source: a checked folder.
-        settings: which modules are trained.
+        layout: which of its modules are trained, NF4 and Q4_0.
         storage: nf4, q4_0 or bf16.
         device: where the model goes.
         tokenizer: the checkpoint's, with the chat template in force.
@@ -139,14 +93,13 @@ def load_base(
         CheckpointError: the checkpoint does not fit the settings.
     """
     kind = storage.kind.name
-    layout = find_layout(source, settings)
     if source.nf4_modules and kind != "nf4":
         raise CheckpointError(
             f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has "
             f"thrown the grid away that {kind} would keep. Use storage=nf4, or give the bf16 "
             "checkpoint."
         )
-    model = _load_model(source, device, layout.nf4 if kind == "nf4" else None)
+    model = _load_model(source, device, layout if kind == "nf4" else None)
     digest = hashlib.sha256()
     num_on_grid = num_blocks = 0
     for name in layout.grid:
@@ -201,51 +154,42 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from problem
 
 
-def _load_model(
-    source: Source, device: torch.device, nf4: tuple[str, ...] | None
-) -> PreTrainedModel:
-    """The transformers model in bf16, with exactly the modules `nf4` as Linear4bit."""
+def _load_model(source: Source, device: torch.device, nf4: Layout | None) -> PreTrainedModel:
+    """The transformers model in bf16, with exactly the modules `nf4.nf4` as Linear4bit."""
     if nf4 is None:
         return _from_pretrained(source.folder, device, dtype=torch.bfloat16)
-    quantizer = None if source.nf4_modules else _nf4_config(source, nf4)
+    quantizer = None if source.nf4_modules else _nf4_config(nf4.not_nf4)
     model = _from_pretrained(
         source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
     )
     from bitsandbytes.nn import Linear4bit
 
     found = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    unquantized = [name for name in nf4 if name not in found]
+    unquantized = [name for name in nf4.nf4 if name not in found]
     unquantized += [name for name in found if model.get_submodule(name).weight.quant_state is None]
-    if found != set(nf4) or unquantized:
+    if found != set(nf4.nf4) or unquantized:
         raise CheckpointError(
-            f"After loading, {len(found)} modules of {source.folder} are NF4 where {len(nf4)} were "
-            f"asked for (for example {(unquantized or sorted(found - set(nf4)))[0]}). This is a "
-            "mismatch of the installed transformers and bitsandbytes: use constraints.txt."
+            f"After loading, {len(found)} modules of {source.folder} are NF4 where {len(nf4.nf4)} "
+            f"were asked for (for example {(unquantized or sorted(found - set(nf4.nf4)))[0]}). "
+            "This is a mismatch of the installed transformers and bitsandbytes: use "
+            "constraints.txt."
         )
     return model
 
 
-def _nf4_config(source: Source, nf4: tuple[str, ...]) -> BitsAndBytesConfig:
+def _nf4_config(skipped: tuple[str, ...]) -> BitsAndBytesConfig:
     """NF4, double quant, bf16 compute, uint8 storage, and every other linear named as skipped.
 
     The skip list holds full names, because transformers matches keys from the start of a name or
     as a bare suffix: 'proj' would skip every q_proj.
     """
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
-    wanted = set(nf4)
-    skipped = [
-        name
-        for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and name not in wanted
-    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=list(skipped),
     )
 
 
@@ -260,20 +204,6 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
             "architecture is supported by the installed transformers."
         ) from problem
     return model.eval().requires_grad_(False)
-
-
-def _require_same_nf4(source: Source, wanted: set[str]) -> None:
-    stored = source.nf4_modules
-    if not stored or stored == wanted:
-        return
-    extra, lacking = sorted(stored - wanted), sorted(wanted - stored)
-    example = f"it quantizes {extra[0]}" if extra else f"it leaves {lacking[0]} unquantized"
-    raise CheckpointError(
-        f"{source.folder} stores {len(stored)} modules as NF4 and the list of its architecture has "
-        f"{len(wanted)}: {example}. On a pre-quantized checkpoint the stored list wins silently, "
-        "so it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes "
-        "the decoder linears only."
-    )
 
 
 def _best_weight(source: Source, name: str, linear: nn.Module) -> torch.Tensor:

@@ -15,8 +15,9 @@ from loaded_cases import (
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qatlora.base.layout import find_layout
 from qatlora.base.linear import GridLinear
-from qatlora.base.load import find_layout, load_base, load_plain, load_tokenizer
+from qatlora.base.load import load_base, load_plain, load_tokenizer
 from qatlora.base.others import deploy_embeddings, deployed_embedding
 from qatlora.base.source import find_source
 from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store
@@ -137,9 +138,10 @@ def test_the_digest_is_repeatable_and_tells_storages_and_bases_apart(
 
 def test_every_layer_is_counted_while_loading(tiny_llama_folder: Path):
     settings, counted = BaseConfig(path=str(tiny_llama_folder)), []
+    source = find_source(settings)
     load_base(
-        find_source(settings),
-        settings,
+        source,
+        find_layout(source, settings),
         StorageConfig(kind=Storage.q4_0),
         torch.device("cpu"),
         load_tokenizer(tiny_llama_folder),

@@ -6,7 +6,7 @@ import torch
 from loaded_cases import edit_tensors, edited_folder, loaded
 from safetensors.torch import save_file
 
-from qatlora.base.load import find_layout
+from qatlora.base.layout import find_layout
 from qatlora.base.source import Source, find_source
 from qatlora.config import BaseConfig
 from qatlora.errors import CheckpointError

@@ -1,0 +1,79 @@
+"""What the three lists of an architecture select in one checkpoint, before a weight is read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
+from qatlora.base.source import Source
+from qatlora.config import BaseConfig
+from qatlora.errors import CheckpointError
+from qatlora.grid import BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the three lists select in one checkpoint, found on the meta device.
+
+    Attributes:
+        trained: modules that get an adapter.
+        nf4: modules stored as NF4 when storage=nf4.
+        grid: modules that are Q4_0 in the GGUF.
+        not_nf4: the other linears, which storage=nf4 leaves in bf16.
+        num_parameters: all parameters, tied ones once.
+        num_grid_weights: weights of the modules in `grid`.
+    """
+
+    trained: tuple[str, ...]
+    nf4: tuple[str, ...]
+    grid: tuple[str, ...]
+    not_nf4: tuple[str, ...]
+    num_parameters: int
+    num_grid_weights: int
+
+
+def find_layout(source: Source, settings: BaseConfig) -> Layout:
+    """Apply the lists to the architecture without reading a weight.
+
+    Raises:
+        CheckpointError: unknown architecture, nothing matches, a width is no multiple of 32, or a
+            stored NF4 build quantizes other modules than the list says.
+    """
+    lists = tensor_lists(source.model_type, settings.trained)
+    config = AutoConfig.from_pretrained(source.folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    trained = matching_linears(skeleton, lists.trained)
+    nf4 = matching_linears(skeleton, lists.nf4)
+    grid = matching_linears(skeleton, lists.q4_0)
+    for name in grid:
+        require_block_width(name, skeleton.get_submodule(name).in_features, BLOCK_SIZE)
+    _require_same_nf4(source, set(nf4))
+    return Layout(
+        trained=tuple(trained),
+        nf4=tuple(nf4),
+        grid=tuple(grid),
+        not_nf4=tuple(
+            name
+            for name, module in skeleton.named_modules()
+            if isinstance(module, nn.Linear) and name not in nf4
+        ),
+        num_parameters=sum(p.numel() for p in skeleton.parameters()),
+        num_grid_weights=sum(skeleton.get_submodule(name).weight.numel() for name in grid),
+    )
+
+
+def _require_same_nf4(source: Source, wanted: set[str]) -> None:
+    stored = source.nf4_modules
+    if not stored or stored == wanted:
+        return
+    extra, lacking = sorted(stored - wanted), sorted(wanted - stored)
+    example = f"it quantizes {extra[0]}" if extra else f"it leaves {lacking[0]} unquantized"
+    raise CheckpointError(
+        f"{source.folder} stores {len(stored)} modules as NF4 and the list of its architecture has "
+        f"{len(wanted)}: {example}. On a pre-quantized checkpoint the stored list wins silently, "
+        "so it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes "
+        "the decoder linears only."
+    )

@@ -1,0 +1,134 @@
+"""What one run knows: the settings and what each stage has left for the next."""
+
+import dataclasses
+import importlib.metadata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qatlora import __version__, progress
+from qatlora.adapters.attach import AdaptedModel
+from qatlora.base.layout import Layout
+from qatlora.base.load import LoadedBase
+from qatlora.base.source import Source
+from qatlora.config import Precision, RootConfig
+from qatlora.data.rows import Batches
+from qatlora.evaluate import ReferenceStates
+from qatlora.evaluate.models import Evaluation
+from qatlora.export.candidate import Candidate
+from qatlora.llamacpp.source import llama_cpp_version
+from qatlora.memory import peak_rss_bytes
+from qatlora.report.results import (
+    AdapterResult,
+    BaseResult,
+    ExportResult,
+    GuardResult,
+    LayerChange,
+    RunReport,
+    Sample,
+    StageTime,
+    TrainResult,
+)
+
+_REPORTED_PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What the stages of one run have produced so far; a field is None until its stage has run."""
+
+    cfg: RootConfig
+    run_dir: Path
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    source: Source | None = None
+    layout: Layout | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batches: Batches | None = None
+    base: LoadedBase | None = None
+    teacher: PreTrainedModel | None = None
+    adapted: AdaptedModel | None = None
+    recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
+    evaluation: Evaluation | None = None
+    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
+    changes: list[LayerChange] = field(default_factory=list)
+    num_changed: int = 0
+    train: TrainResult | None = None
+    candidate: Candidate | None = None
+    guard: GuardResult | None = None
+    export: ExportResult | None = None
+    times: list[StageTime] = field(default_factory=list)
+
+    def bar(self, name: str, total: int, unit: str) -> Any:
+        """A progress bar for a long part of a stage."""
+        return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of forwards outside evaluation and training."""
+        enabled = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    @classmethod
+    def start(cls, cfg: RootConfig) -> "Run":
+        """A run whose stages are all still to come."""
+        return cls(cfg, Path(cfg.run_dir), _device(cfg.train.device), dtype_of(cfg.train.precision))
+
+
+def report_of(state: Run) -> RunReport:
+    """What the stages have left so far, as the report; a part without its stage is None."""
+    base, adapted = state.base, state.adapted
+    prompts = state.batches.prompts if state.batches else []
+    samples = [
+        Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
+        for i, prompt in enumerate(prompts)
+        if state.answers
+    ]
+    return RunReport(
+        recipe=state.cfg.card.name,
+        base=BaseResult(
+            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
+        ),
+        adapter=_adapter_result(adapted) if adapted else None,
+        train=state.train,
+        texts=state.evaluation.results() if state.evaluation else {},
+        guard=state.guard,
+        export=state.export,
+        changes=state.changes,
+        samples=samples,
+        stages=list(state.times),
+        peak_rss_bytes=peak_rss_bytes(),
+        data_notes=state.batches.notes if state.batches else {},
+        versions={"qatlora": __version__, "llama.cpp": llama_cpp_version()}
+        | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
+        settings=dataclasses.asdict(state.cfg),
+    )
+
+
+def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
+    rule = adapted.rule
+    return AdapterResult(
+        kind=rule.kind,
+        rank=rule.rank,
+        alpha=rule.alpha,
+        rounding=rule.rounding,
+        dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
+        trainable_parameters=adapted.num_trainable,
+        tensors=len(adapted.base.trained),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The setting as torch's dtype; auto is bf16, which no device here is slower with."""
+    return torch.float32 if precision is Precision.fp32 else torch.bfloat16
