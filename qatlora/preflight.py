@@ -4,6 +4,7 @@ The figures are estimates from the checkpoint's config and one short measurement
 matrix product; the run's report holds what it really took.
 """
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ _BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 5.0, "bf16": 16.5}
 _IMPORTED_LIBRARIES_BYTES = 1.1e9
 _BF16_BYTES = 2
 _FP32_BYTES = 4
+# Streaming: two checkpoints' tensors as stored, up to fp32, and the buffers of one part.
+_STREAMED_BYTES_PER_WEIGHT = 8
+_PART_BYTES = 0.5e9
+_REPORT_BYTES = 1e7
+_SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
 
@@ -36,6 +42,8 @@ class Needs:
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    if "load_base" not in cfg.stages:
+        return _estimate_streaming(source, layout)
     text = source.config.get("text_config", source.config)
     hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
     others = layout.num_parameters - layout.num_grid_weights
@@ -47,6 +55,13 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * _BF16_BYTES)
     flops = _flops(cfg, layout, hidden * vocab)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _estimate_streaming(source: Source, layout: Layout) -> Needs:
+    """A recipe that loads no model reads one tensor at a time and writes no more than a report."""
+    largest = max(math.prod(shape) for shape in source.shapes().values())
+    memory = _IMPORTED_LIBRARIES_BYTES + _STREAMED_BYTES_PER_WEIGHT * largest + _PART_BYTES
+    return Needs(memory, _REPORT_BYTES, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
 
 
 def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
