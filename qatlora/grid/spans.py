@@ -15,7 +15,9 @@ CPU_SPAN_BLOCKS = 8192
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
-def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice], None]) -> None:
+def for_each_span(
+    num_blocks: int, device: torch.device, work: Callable[[slice], None], copies: int = 1
+) -> None:
     """Call ``work``, without gradients, for consecutive slices that cover ``range(num_blocks)``.
 
     Args:
@@ -23,15 +25,17 @@ def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice],
         device: where the tensors live; decides the length of a span and the threads.
         work: called with a slice of blocks, on a CPU from several threads at once, so it may
             write only to its own slice of the results.
+        copies: how many copies of its blocks ``work`` makes; spans are so much shorter.
     """
     length = CPU_SPAN_BLOCKS if device.type == "cpu" else ACCELERATOR_SPAN_BLOCKS
+    length //= copies
 
     def step(start: int) -> None:
         with torch.no_grad():  # the gradient mode belongs to a thread
             work(slice(start, min(start + length, num_blocks)))
 
     starts = range(0, num_blocks, length)
-    if device.type != "cpu":
+    if device.type != "cpu" or len(starts) == 1:  # starting threads takes longer than one span
         for start in starts:
             step(start)
         return
