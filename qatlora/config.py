@@ -240,11 +240,11 @@ class TrainConfig:
 class EvaluateConfig:
     """How perplexity, KLD and the sample answers are computed."""
 
-    tokens_per_chunk: int = 256
-    """Tokens whose full-vocabulary logits are in memory at the same time."""
+    tokens_per_chunk: int = 2048
+    """Tokens scored at a time, against a tile of the vocabulary."""
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
-    sample_max_new_tokens: int = 48
+    sample_max_new_tokens: int = 32
 
 
 @dataclass

@@ -86,7 +86,10 @@ def _load_data(state: Run) -> None:
         cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
     )
     state.tokenizer.chat_template = training_template(state.tokenizer)
-    settings = ScoreSettings(compute_dtype=dtype_of(cfg.evaluate.logits_precision))
+    settings = ScoreSettings(
+        chunk_tokens=cfg.evaluate.tokens_per_chunk,
+        compute_dtype=dtype_of(cfg.evaluate.logits_precision),
+    )
     state.evaluation = Evaluation(state.batches.texts, settings)
 
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
-    "preflight": {"config", "base", "llamacpp", "memory"},
+    "preflight": {"config", "base", "distill", "llamacpp", "memory"},
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "__main__": {"config", "config_rules", "pipeline"},
