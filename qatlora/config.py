@@ -19,6 +19,7 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
+    "inspect",
     "load_data",
     "load_base",
     "attach",
@@ -275,6 +276,14 @@ class ExportConfig:
 
 
 @dataclass
+class InspectConfig:
+    """What a checkpoint is compared with."""
+
+    against: str | None = None
+    """HF folder of the checkpoint before an edit or merge; null: no comparison."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and where it is logged."""
 
@@ -302,6 +311,7 @@ class RootConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     run_dir: str = "runs"
@@ -346,6 +356,8 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    if root.inspect.against is not None:
+        root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

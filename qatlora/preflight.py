@@ -4,6 +4,7 @@ The figures are estimates from the checkpoint's config and one short measurement
 matrix product; the run's report holds what it really took.
 """
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ _FP32_BYTES = 4
 # gated MLP of Gemma 3 in autocast. Against the measured peak this is about right, not exact.
 _KEPT_PER_HIDDEN = 16
 _KEPT_PER_INTERMEDIATE = 10
+# Streaming: two checkpoints' tensors as stored, up to fp32, and the buffers of one part.
+_STREAMED_BYTES_PER_WEIGHT = 8
+_PART_BYTES = 0.5e9
+_REPORT_BYTES = 1e7
+_SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
 
@@ -42,6 +48,8 @@ class Needs:
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    if "load_base" not in cfg.stages:
+        return _estimate_streaming(source, layout)
     text = source.config.get("text_config", source.config)
     hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
     others = layout.num_parameters - layout.num_grid_weights
@@ -67,6 +75,13 @@ def _activation_bytes(cfg: RootConfig, text: dict[str, Any]) -> float:
     if cfg.train.gradient_checkpointing:
         return float(tokens * (layers * hidden * _BF16_BYTES + one_layer))
     return float(tokens * layers * one_layer)
+
+
+def _estimate_streaming(source: Source, layout: Layout) -> Needs:
+    """A recipe that loads no model reads one tensor at a time and writes no more than a report."""
+    largest = max(math.prod(shape) for shape in source.shapes().values())
+    memory = _IMPORTED_LIBRARIES_BYTES + _STREAMED_BYTES_PER_WEIGHT * largest + _PART_BYTES
+    return Needs(memory, _REPORT_BYTES, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
 
 
 def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
