@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "report": set(),
     "preflight": {"config", "base", "llamacpp", "memory"},
     "state": None,  # what a run knows, and the main path: they join the rooms
+    "stages": None,
     "pipeline": None,
     "__main__": {"config", "config_rules", "pipeline"},
 }

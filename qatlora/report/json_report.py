@@ -39,11 +39,13 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
         "adapter": parts.pop("adapter"),
+        "latents": parts.pop("latents"),
         "train": parts.pop("train"),
         "perplexity": _by_text_and_model(report, lambda result: result.perplexity),
         "kld": _by_text_and_model(report, lambda result: result.kld and asdict(result.kld)),
         "guard": parts.pop("guard"),
         "export": parts.pop("export"),
+        "checkpoint": parts.pop("checkpoint"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {
