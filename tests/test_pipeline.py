@@ -12,6 +12,7 @@ from qatlora.config import AdapterKind, Rounding, Storage, TeacherKind
 from qatlora.errors import AdapterError, GuardFailed
 from qatlora.report.json_report import load_schema
 
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_data(tmp_path_factory.mktemp("data"))

@@ -114,7 +114,7 @@ def deployed_weight(layer: "GridLinear | GridAdapter | LatentLinear") -> Q4Block
 
 def _of_latents(layer: "LatentLinear") -> Q4Blocks:
     if layer.is_off:
-        return layer.start.base_blocks()
+        return layer.get_base_layer().base_blocks()
     if layer.settled is not None:
         return layer.settled
     if layer.rule.steps == "recomputed":
