@@ -135,7 +135,7 @@ def _optimizer(adapted: GridModel, settings: TrainConfig) -> torch.optim.AdamW:
         [{"params": group, "lr": rate} for group, rate in rated if group],
         weight_decay=settings.weight_decay,
         # One pass over parameter, gradient and moments: it matters where these are whole weights.
-        fused=adapted.num_trainable > _FUSED_FROM,
+        fused=True if adapted.num_trainable > _FUSED_FROM else None,
     )
 
 
