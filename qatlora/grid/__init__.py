@@ -10,7 +10,7 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, detect, explains, recover
+from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
@@ -31,5 +31,6 @@ __all__ = [
     "pack",
     "recover",
     "search_steps",
+    "settle",
     "unpack",
 ]
