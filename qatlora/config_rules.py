@@ -17,6 +17,7 @@ from qatlora.config import (
     DataKind,
     Effect,
     ExportConfig,
+    InspectConfig,
     RootConfig,
     Rounding,
     Storage,
@@ -84,6 +85,7 @@ def validate(cfg: RootConfig) -> None:
     _check_distill(cfg)
     _check_train(cfg.train)
     _check_export(cfg.export)
+    _check_inspect(cfg.inspect)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -258,4 +260,12 @@ def _check_export(export: ExportConfig) -> None:
         raise ConfigError(
             f"export.file_name={name}: a file name inside the run folder that ends in .gguf. "
             "Give a plain name; the folder is set by run_dir."
+        )
+
+
+def _check_inspect(inspect: InspectConfig) -> None:
+    if inspect.against is not None and not Path(inspect.against).is_dir():
+        raise ConfigError(
+            f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
+            "the checkpoint before the edit, with config.json and safetensors files."
         )

@@ -2,6 +2,7 @@
 
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
+    preflight -> inspect -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish.
 
@@ -32,7 +33,7 @@ from qatlora.config import Effect, RootConfig, TeacherKind, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
 from qatlora.errors import AdapterError, ConfigError
-from qatlora.evaluate import Mean, ScoreSettings, mean_difference
+from qatlora.evaluate import KldSummary, Mean, ScoreSettings, mean_difference
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
@@ -46,6 +47,7 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -82,9 +84,12 @@ def _preflight(state: Run) -> None:
         require_plain(state.source)
     if "write_candidate" in cfg.stages:
         check_converter()
-    state.tokenizer = load_tokenizer(state.source.folder)
-    if template is not None:
-        state.tokenizer.chat_template = template
+    if "inspect" in cfg.stages:
+        check_inspect(state)
+    if "load_base" in cfg.stages:
+        state.tokenizer = load_tokenizer(state.source.folder)
+        if template is not None:
+            state.tokenizer.chat_template = template
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -94,7 +99,10 @@ def _load_data(state: Run) -> None:
         cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
     )
     state.tokenizer.chat_template = training_template(state.tokenizer)
-    settings = ScoreSettings(compute_dtype=dtype_of(cfg.evaluate.logits_precision))
+    settings = ScoreSettings(
+        chunk_tokens=cfg.evaluate.tokens_per_chunk,
+        compute_dtype=dtype_of(cfg.evaluate.logits_precision),
+    )
     state.evaluation = Evaluation(state.batches.texts, settings)
 
 
@@ -171,11 +179,9 @@ def _save_adapter(state: Run) -> None:
 
 
 def _evaluate_trained(state: Run) -> None:
-    adapted, evaluation = state.adapted, state.evaluation
+    adapted = state.adapted
     with adapted.held_weights(state.dtype):
-        _measure(state, "trained", adapted.model)
-        with state.bar("keep trained states", evaluation.num_tokens, "tokens") as advance:
-            state.trained_states = evaluation.states_of(adapted.model, advance)
+        _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
         change = changed_share(before, after)
@@ -217,8 +223,7 @@ def _guard(state: Run) -> None:
         self_kld = evaluation.self_kld_max(state.adapted.model)
     config = AutoConfig.from_pretrained(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
-    _measure(state, "merged", merged)
-    roundtrip = _divergence(state, "before/after", merged)
+    roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
     gates += effect_gates(state.num_changed, _improvement(state), cfg.guard)
@@ -245,6 +250,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "inspect": inspect,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
@@ -261,9 +267,12 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
-def _measure(state: Run, name: str, model: torch.nn.Module) -> None:
+def _measure(
+    state: Run, name: str, model: torch.nn.Module, **options: Any
+) -> dict[str, KldSummary]:
+    """`Evaluation.measure` under a progress bar."""
     with state.bar(f"evaluate {name}", state.evaluation.num_tokens, "tokens") as advance:
-        state.evaluation.measure(name, model, advance)
+        return state.evaluation.measure(name, model, advance, **options)
 
 
 def _improvement(state: Run) -> Mean:
@@ -277,21 +286,11 @@ def _improvement(state: Run) -> Mean:
     return mean_difference(base_kld, merged_kld)
 
 
-def _divergence(state: Run, name: str, model: torch.nn.Module) -> dict[str, Any]:
-    """KLD of a model from the trained one."""
-    with state.bar(name, state.evaluation.num_tokens, "tokens") as advance:
-        return state.evaluation.divergence(state.trained_states, model, advance)
-
-
 def _answer(state: Run, name: str) -> None:
     prompts = state.batches.prompts
     if "report" not in state.cfg.stages or not prompts:
         return
+    length = state.cfg.evaluate.sample_max_new_tokens
     with state.bar(f"answers of {name}", len(prompts), "answers") as advance, state.autocast():
-        state.answers[name] = answers(
-            state.adapted.model,
-            state.tokenizer,
-            prompts,
-            state.cfg.evaluate.sample_max_new_tokens,
-            advance,
-        )
+        state.answers[name] = answers(state.adapted.model, state.tokenizer, prompts, length)
+        advance(len(prompts))

@@ -18,7 +18,6 @@ from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches
-from qatlora.evaluate import ReferenceStates
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.llamacpp.source import llama_cpp_version
@@ -29,6 +28,7 @@ from qatlora.report.results import (
     CheckpointResult,
     ExportResult,
     GuardResult,
+    InspectResult,
     LatentsResult,
     LayerChange,
     RunReport,
@@ -52,6 +52,8 @@ class Run:
     dtype: torch.dtype  # of matrix products
     source: Source | None = None
     layout: Layout | None = None
+    against: Source | None = None  # the checkpoint that the source is compared with
+    inspection: InspectResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     base: LoadedBase | None = None
@@ -59,7 +61,6 @@ class Run:
     adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
-    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
     answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
     changes: list[LayerChange] = field(default_factory=list)
     num_changed: int = 0
@@ -87,7 +88,7 @@ class Run:
 
 def report_of(state: Run) -> RunReport:
     """What the stages have left so far, as the report; a part without its stage is None."""
-    base, adapted = state.base, state.adapted
+    adapted = state.adapted
     prompts = state.batches.prompts if state.batches else []
     samples = [
         Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
@@ -96,9 +97,7 @@ def report_of(state: Run) -> RunReport:
     ]
     return RunReport(
         recipe=state.cfg.card.name,
-        base=BaseResult(
-            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
-        ),
+        base=_base_result(state),
         adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
         latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,
@@ -106,6 +105,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         export=state.export,
         checkpoint=state.checkpoint,
+        inspect=state.inspection,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
@@ -115,6 +115,17 @@ def report_of(state: Run) -> RunReport:
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         settings=dataclasses.asdict(state.cfg),
     )
+
+
+def _base_result(state: Run) -> BaseResult:
+    """The loaded base; a recipe that loads none knows it from its headers."""
+    base = state.base
+    if base is not None:
+        return BaseResult(
+            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
+        )
+    share = state.inspection.on_grid_share if state.inspection else None
+    return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 
 
 def _adapter_result(adapted: AdaptedModel) -> AdapterResult:

@@ -10,7 +10,7 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, explains, recover, settle
+from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
@@ -21,6 +21,7 @@ __all__ = [
     "Q4Blocks",
     "Recovered",
     "decode",
+    "detect",
     "digest",
     "dither",
     "encode_reference",

@@ -7,7 +7,8 @@ from rich.text import Text
 
 from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
-from qatlora.report.results import GuardResult, RunReport
+from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -19,6 +20,8 @@ def to_console(report: RunReport) -> RenderableType:
     rows = score_rows(report)
     if rows:
         parts.append(_score_table(rows))
+    if report.inspect:
+        parts.append(_inspect_table(report.inspect))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -35,6 +38,15 @@ def _score_table(rows: list[list[str]]) -> Table:
         justify: JustifyMethod = "left" if name in ("text", "model") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)
     for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def _inspect_table(result: InspectResult) -> Table:
+    table = Table(title="trained list", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in KIND_HEADER:
+        table.add_column(name.replace(" ", "\n"), justify="left" if name == "kind" else "right")
+    for row in kind_rows(result):
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 

@@ -46,6 +46,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "guard": parts.pop("guard"),
         "export": parts.pop("export"),
         "checkpoint": parts.pop("checkpoint"),
+        "inspect": parts.pop("inspect"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

@@ -21,6 +21,8 @@ from qatlora.report.formatting import (
     format_seconds,
     format_share,
 )
+from qatlora.report.inspect_plot import INSPECT_PLOT
+from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
@@ -39,6 +41,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
     sections = [
         ("", _verdict(report)),
+        ("Tensors on the grid", _inspection(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -70,10 +73,12 @@ def _verdict(report: RunReport) -> Iterator[str]:
 
 def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
     base, adapter = report.base, report.adapter
+    stored = f", stored as {base.storage}" if base.storage else ""
+    share = f", {format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid"
     yield (
         "base",
-        f"{base.name}, {format_large_count(base.parameters)} parameters, stored as {base.storage}, "
-        f"{format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid",
+        f"{base.name}, {format_large_count(base.parameters)} parameters{stored}"
+        f"{share if base.on_grid_share is not None else ''}",
     )
     if adapter:
         rank = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
@@ -90,6 +95,12 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{format_large_count(report.latents.trainable_parameters)} parameters in "
             f"{report.latents.tensors} tensors, {report.latents.steps} steps",
         )
+
+
+def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.inspect is not None:
+        yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
+        yield from inspect_tables(report.inspect)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
