@@ -24,9 +24,6 @@ _BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 5.0, "bf16": 16.5}
 _IMPORTED_LIBRARIES_BYTES = 1.1e9
 _BF16_BYTES = 2
 _FP32_BYTES = 4
-# Of a trained weight: itself, its gradient and two moments; all but the gradient go to disk.
-_LATENT_BYTES, _CHECKPOINT_BYTES = 4 * _FP32_BYTES, 3 * _FP32_BYTES
-_CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 # Values that a layer keeps per token, in units of its widths, counted in fp32: norms, attention and
 # gated MLP of Gemma 3 in autocast. Against the measured peak this is about right, not exact.
 _KEPT_PER_HIDDEN = 16
@@ -36,6 +33,9 @@ _STREAMED_BYTES_PER_WEIGHT = 8
 _PART_BYTES = 0.5e9
 _REPORT_BYTES = 1e7
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
+# Of a trained weight: itself, its gradient and two moments; all but the gradient go to disk.
+_LATENT_BYTES, _CHECKPOINT_BYTES = 4 * _FP32_BYTES, 3 * _FP32_BYTES
+_CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
 

@@ -38,7 +38,6 @@ MAY_IMPORT = {
     "inspection": {"grid", "base"},
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
-    "stages": None,
     "pipeline": None,
     "__main__": {"config", "config_rules", "pipeline"},
 }

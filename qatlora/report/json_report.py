@@ -45,8 +45,8 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "kld": _by_text_and_model(report, lambda result: result.kld and asdict(result.kld)),
         "guard": parts.pop("guard"),
         "export": parts.pop("export"),
-        "checkpoint": parts.pop("checkpoint"),
         "inspect": parts.pop("inspect"),
+        "checkpoint": parts.pop("checkpoint"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

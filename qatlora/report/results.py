@@ -262,8 +262,8 @@ class RunReport:
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
     export: ExportResult | None = None
-    checkpoint: CheckpointResult | None = None
     inspect: InspectResult | None = None
+    checkpoint: CheckpointResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)
