@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from qatlora.adapters.deployed import AdapterRule, deployed_dense, deployed_weight
 from qatlora.adapters.layer import GridAdapter
@@ -58,6 +59,11 @@ class AdaptedModel:
         for _, layer in self.layers():
             if isinstance(layer, GridAdapter):
                 layer.keeps_blocks = keep
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return self.base.tokenizer
 
     @property
     def num_trainable(self) -> int:

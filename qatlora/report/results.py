@@ -143,6 +143,44 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class SpeedRow:
+    """One method at one size of a step.
+
+    `time_ratio` is the median over rounds of its time over the baseline's; `peak_bytes` leaves out
+    what the process held before the model was loaded; `memory_ratio_of_storage` is the ratio that
+    the difference of the stored bits alone would give. None without the baseline.
+    """
+
+    method: str
+    label: str
+    storage: str
+    tokens_per_step: int
+    seconds_median: float
+    seconds_min: float
+    seconds_max: float
+    time_ratio: float | None
+    peak_bytes: int
+    peak_process_bytes: int
+    memory_ratio: float | None
+    memory_ratio_of_storage: float | None
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Step time and peak memory of several methods, which took turns."""
+
+    device: str
+    threads: int
+    rounds: int
+    row_tokens: int
+    keep_blocks: bool
+    gradient_checkpointing: bool
+    baseline: str
+    rows: list[SpeedRow]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything; parts that a recipe has no stage for are None or empty."""
 

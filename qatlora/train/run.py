@@ -5,14 +5,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from qatlora.adapters.attach import AdaptedModel
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.errors import TrainError
@@ -23,8 +22,23 @@ from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_
 OnStep = Callable[[int], None]
 
 
+class Trainable(Protocol):
+    """A model with adapters: ours (`AdaptedModel`), or another tool's to compare with."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The PEFT model; its trainable parameters are trained."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+
+    def keep_blocks(self, keep: bool) -> None:
+        """Keep deployed blocks from the forward to the backward pass, or not."""
+
+
 def train(
-    adapted: AdaptedModel,
+    adapted: Trainable,
     rows: list[Row],
     objective: Objective,
     settings: TrainConfig,
@@ -49,10 +63,10 @@ def train(
         model=adapted.model,
         args=_arguments(settings, logging, run_dir, seed, bf16=bf16),
         train_dataset=Dataset.from_list([training_record(row) for row in rows]),
-        data_collator=RowCollator(_pad_token_id(adapted)),
-        processing_class=adapted.base.tokenizer,
+        data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
+        processing_class=adapted.tokenizer,
         callbacks=[log],
-        optimizers=(_optimizer(adapted, settings), None),
+        optimizers=(build_optimizer(adapted.model, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
     start = time.monotonic()
@@ -113,10 +127,10 @@ def _arguments(
     )
 
 
-def _optimizer(adapted: AdaptedModel, settings: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for the level factors and one for the step factors."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
-    for name, parameter in adapted.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups["lora_steps_" in name].append(parameter)
     rates = {False: settings.learning_rate, True: settings.steps_learning_rate}
@@ -126,8 +140,7 @@ def _optimizer(adapted: AdaptedModel, settings: TrainConfig) -> torch.optim.Adam
     )
 
 
-def _pad_token_id(adapted: AdaptedModel) -> int:
-    tokenizer = adapted.base.tokenizer
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
