@@ -13,6 +13,7 @@ is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,11 @@ from qatlora.base.linear import GridLinear
 from qatlora.base.stores import reciprocal
 from qatlora.grid import (
     BLOCK_SIZE,
+    Dither,
     Q4Blocks,
     decode,
-    dither,
     encode_reference,
-    nearest_levels,
+    nearest_levels_,
 )
 
 if TYPE_CHECKING:
@@ -104,27 +105,27 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    dithered = rule.dither == "always" or (rule.dither == "auto" and base.store.on_grid)
-    levels = []
-    for rows, latents in base.store.latent_tiles():
-        per_step = reciprocal(base.store.steps[rows]).unsqueeze(-1)
-        delta = low_rank(up[rows], down, rule.scale).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step)
+    store = base.store
+    dithered = rule.dither == "always" or (rule.dither == "auto" and store.on_grid)
+    noise = Dither(rule.seed, base.tensor_name)
+    product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps).unsqueeze(-1)
+    levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
+    for rows, latents in store.latent_tiles():
+        delta = product.of_rows(rows).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step[rows])
         moved = latents.add_(delta.flatten(-2))
         if dithered:
-            moved += dither(
-                rule.seed, base.tensor_name, moved.shape, start_row=rows.start, device=moved.device
-            )
-        levels.append(nearest_levels(moved))
-    return Q4Blocks(base.store.steps, torch.cat(levels))
+            noise.add_to(moved, rows.start)
+        levels[rows] = nearest_levels_(moved)
+    return Q4Blocks(store.steps, levels)
 
 
 def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """llama.cpp's rule on base + delta, in float32; it chooses new steps."""
-    tiles = []
+    product, tiles = LowRank(up, down, rule.scale), []
     for rows, latents in base.store.latent_tiles():
         wide_steps = base.store.steps[rows].float().unsqueeze(-1)
         weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
-        tiles.append(encode_reference(weight.add_(low_rank(up[rows], down, rule.scale))))
+        tiles.append(encode_reference(weight.add_(product.of_rows(rows))))
     return Q4Blocks(
         torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
     )
@@ -139,14 +140,29 @@ def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
     return (steps.float() * factor).clamp_(-_FP16_MAX, _FP16_MAX).half()
 
 
-def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Scale * (up @ down), float32 [rows, width], the same on every machine.
+class LowRank:
+    """Scale * (up @ down), the same on every machine, tile by tile of its rows.
 
     The order of a float32 sum changes about half of the last bits and with them some codes, so the
     sum runs in float64 and is rounded once: two orders then agree but for one value in 2^28.
     """
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float) -> None:
+        """Take the factors up [out, r] and down [r, width]."""
+        self._up, self._down, self._scale = up.double(), down.double(), scale
+        if math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied in
+            self._up, self._scale = self._up * scale, 1.0
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """The product's rows, float32 [rows, width]; autocast must be off."""
+        product = self._up[rows] @ self._down
+        return (product if self._scale == 1 else product.mul_(self._scale)).float()
+
+
+def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """The whole of a `LowRank` product, float32 [out, width]."""
     with torch.autocast(up.device.type, enabled=False):
-        return (up.double() @ down.double()).mul_(scale).float()
+        return LowRank(up, down, scale).of_rows(slice(None))
 
 
 def deployed_dense(layer: "GridLinear | GridAdapter", dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,13 @@
 """Q4_0: encode, decode, recover, search steps, dither, round. Needs torch alone."""
 
-from qatlora.grid.dither import dither
+from qatlora.grid.dither import Dither, dither
 from qatlora.grid.format import (
     decode,
     digest,
     encode_reference,
     latents,
     nearest_levels,
+    nearest_levels_,
     pack,
     unpack,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "BLOCK_SIZE",
     "LEVEL_MAX",
     "LEVEL_MIN",
+    "Dither",
     "Q4Blocks",
     "Recovered",
     "decode",
@@ -27,6 +29,7 @@ __all__ = [
     "explains",
     "latents",
     "nearest_levels",
+    "nearest_levels_",
     "pack",
     "recover",
     "search_steps",

@@ -15,6 +15,11 @@ CPU_SPAN_BLOCKS = 8192
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
+def span_blocks(device: torch.device) -> int:
+    """Blocks of a span on this device."""
+    return CPU_SPAN_BLOCKS if device.type == "cpu" else ACCELERATOR_SPAN_BLOCKS
+
+
 def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice], None]) -> None:
     """Call ``work``, without gradients, for consecutive slices that cover ``range(num_blocks)``.
 
@@ -24,7 +29,7 @@ def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice],
         work: called with a slice of blocks, on a CPU from several threads at once, so it may
             write only to its own slice of the results.
     """
-    length = CPU_SPAN_BLOCKS if device.type == "cpu" else ACCELERATOR_SPAN_BLOCKS
+    length = span_blocks(device)
 
     def step(start: int) -> None:
         with torch.no_grad():  # the gradient mode belongs to a thread
