@@ -28,7 +28,7 @@ from qatlora.config import RootConfig, TeacherKind
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
 from qatlora.errors import AdapterError, ConfigError
-from qatlora.evaluate import ScoreSettings, mean_difference
+from qatlora.evaluate import KldSummary, ScoreSettings, mean_difference
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
@@ -158,11 +158,9 @@ def _save_adapter(state: Run) -> None:
 
 
 def _evaluate_trained(state: Run) -> None:
-    adapted, evaluation = state.adapted, state.evaluation
+    adapted = state.adapted
     with adapted.held_weights(state.dtype):
-        _measure(state, "trained", adapted.model)
-        with state.bar("keep trained states", evaluation.num_tokens, "tokens") as advance:
-            state.trained_states = evaluation.states_of(adapted.model, advance)
+        _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
         change = changed_share(before, after)
@@ -202,8 +200,7 @@ def _guard(state: Run) -> None:
         self_kld = evaluation.self_kld_max(state.adapted.model)
     config = AutoConfig.from_pretrained(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
-    _measure(state, "merged", merged)
-    roundtrip = _divergence(state, "before/after", merged)
+    roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
     scores = evaluation.scores
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
@@ -246,26 +243,19 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
-def _measure(state: Run, name: str, model: torch.nn.Module) -> None:
+def _measure(
+    state: Run, name: str, model: torch.nn.Module, **options: Any
+) -> dict[str, KldSummary]:
+    """`Evaluation.measure` under a progress bar."""
     with state.bar(f"evaluate {name}", state.evaluation.num_tokens, "tokens") as advance:
-        state.evaluation.measure(name, model, advance)
-
-
-def _divergence(state: Run, name: str, model: torch.nn.Module) -> dict[str, Any]:
-    """KLD of a model from the trained one."""
-    with state.bar(name, state.evaluation.num_tokens, "tokens") as advance:
-        return state.evaluation.divergence(state.trained_states, model, advance)
+        return state.evaluation.measure(name, model, advance, **options)
 
 
 def _answer(state: Run, name: str) -> None:
     prompts = state.batches.prompts
     if "report" not in state.cfg.stages or not prompts:
         return
+    length = state.cfg.evaluate.sample_max_new_tokens
     with state.bar(f"answers of {name}", len(prompts), "answers") as advance, state.autocast():
-        state.answers[name] = answers(
-            state.adapted.model,
-            state.tokenizer,
-            prompts,
-            state.cfg.evaluate.sample_max_new_tokens,
-            advance,
-        )
+        state.answers[name] = answers(state.adapted.model, state.tokenizer, prompts, length)
+        advance(len(prompts))

@@ -16,7 +16,6 @@ from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches
-from qatlora.evaluate import ReferenceStates
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.llamacpp.source import llama_cpp_version
@@ -55,7 +54,6 @@ class Run:
     adapted: AdaptedModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
-    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
     answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
     changes: list[LayerChange] = field(default_factory=list)
     num_changed: int = 0
