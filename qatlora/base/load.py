@@ -143,7 +143,9 @@ def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrained
     )
     from bitsandbytes.nn import Linear4bit
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
     unquantized = [name for name in layout.nf4 if name not in linears]
     unquantized += [name for name, linear in linears.items() if linear.weight.quant_state is None]
     if set(linears) != set(layout.nf4) or unquantized:

@@ -118,7 +118,10 @@ def measure_speed(
                     timings[method].append(workers[method].step(num_tokens))
                     on_step(1)
             peaks = {method: workers[method].peak() for method in methods}
-            kept = {m: [t.seconds for t in all_[settings.warmup_rounds :]] for m, all_ in timings.items()}
+            kept = {
+                m: [t.seconds for t in all_[settings.warmup_rounds :]]
+                for m, all_ in timings.items()
+            }
             rows += [
                 _row(method, num_tokens, kept, peaks, ready[method], ground.layout)
                 for method in methods

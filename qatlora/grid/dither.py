@@ -76,7 +76,7 @@ class Dither:
 
     def __init__(self, seed: int, tensor_name: str) -> None:
         self._key = dither_key(seed, tensor_name)
-        self._ramp = torch.empty(0, dtype=torch.int64)
+        self._buffers: _Buffers | None = None
 
     def add_to(self, tile: Tensor, start_row: int) -> Tensor:
         """Add the dither to rows of the tensor in place, with one rounding; returns the tile.
@@ -93,29 +93,43 @@ class Dither:
         for start in range(0, num_words, most or 1):
             stop = min(start + most, num_words)
             offset = _signed((self._key + first_word + start) * GOLDEN)
-            words = _mix(self._ramp_of(stop - start, flat.device) + offset)
-            # A part read as a signed number is k - 2^15, so half a unit more is the fraction.
-            parts = words.view(torch.int16).float().add_(0.5)
+            parts = self._buffers_for(stop - start, flat.device).parts(stop - start, offset)
             flat[start * PARTS_PER_WORD : stop * PARTS_PER_WORD].add_(parts, alpha=2.0**-PART_BITS)
         return tile
 
-    def _ramp_of(self, num_words: int, device: torch.device) -> Tensor:
-        """Return index * GOLDEN for the first words; kept, because most tiles are alike."""
-        if len(self._ramp) < num_words or self._ramp.device != device:
-            self._ramp = torch.arange(num_words, device=device).mul_(_signed(GOLDEN))
-        return self._ramp[:num_words]
+    def _buffers_for(self, num_words: int, device: torch.device) -> "_Buffers":
+        """Kept from tile to tile, most of which are alike."""
+        kept = self._buffers
+        if kept is None or kept.num_words < num_words or kept.device != device:
+            kept = self._buffers = _Buffers(num_words, device)
+        return kept
+
+
+class _Buffers:
+    """Room for the words of a tile, and index * GOLDEN of its first words."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        self.num_words, self.device = num_words, device
+        self._ramp = torch.arange(num_words, device=device).mul_(_signed(GOLDEN))
+        self._words, self._shifted = torch.empty_like(self._ramp), torch.empty_like(self._ramp)
+        self._parts = torch.empty(num_words * PARTS_PER_WORD, dtype=torch.float32, device=device)
+
+    def parts(self, num_words: int, offset: int) -> Tensor:
+        """Return k + 1/2 - 2^15 of these words' parts, fp32; overwritten by the next call."""
+        words = torch.add(self._ramp[:num_words], offset, out=self._words[:num_words])
+        shifted = self._shifted[:num_words]
+        for multiplier in (MULTIPLIER_1, MULTIPLIER_2):
+            torch.bitwise_right_shift(words, 32, out=shifted)
+            words.bitwise_xor_(shifted).mul_(_signed(multiplier))
+        # A part read as a signed number is k - 2^15.
+        parts = self._parts[: num_words * PARTS_PER_WORD]
+        return parts.copy_(words.view(torch.int16)).add_(0.5)
 
 
 def dither_key(seed: int, tensor_name: str) -> int:
     """Return the 64-bit key of a tensor's dither, from SHA-256 of the seed and its name."""
     text = DOMAIN + b"\0" + str(int(seed)).encode() + b"\0" + tensor_name.encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
-
-
-def _mix(words: Tensor) -> Tensor:
-    """Scramble int64 words in place."""
-    words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_1))
-    return words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_2))
 
 
 def _signed(number: int) -> int:

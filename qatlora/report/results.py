@@ -181,6 +181,95 @@ class SpeedResult:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """A model on the three held-out texts, nats per token; the KLD is the base's to this model."""
+
+    task: float
+    validation: float
+    general: float
+    general_kld: float
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One training of one method.
+
+    `unmerged` is the model as trained. `deployed` is what llama.cpp would run: equal for a method
+    inside the grid, after a merge and llama-quantize for PEFT's own LoRA, None where that could not
+    be done. `codes_changed` and `steps_changed` are shares against the base, a block and its
+    negative counted as the same.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int
+    unmerged: Losses
+    deployed: Losses | None
+    codes_changed: float | None
+    steps_changed: float | None
+    trainable_parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest over the seeds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method at its best learning rate, over the seeds.
+
+    `share` is what the deployed model gains on the task over what the bound gains of the same seed;
+    the bound's own losses are unmerged, and `merged_share` is what is left of them after a merge.
+    """
+
+    method: str
+    label: str
+    learning_rate: float
+    seeds: int
+    task: Spread
+    general: Spread
+    general_kld: Spread
+    share: Spread | None
+    merged_share: Spread | None
+    codes_changed: Spread | None
+    steps_changed: Spread | None
+    trainable_parameters: int
+    seconds: Spread
+
+
+@dataclass(frozen=True)
+class AdaptersResult:
+    """What the adapters of several methods keep on one base that lies on the grid.
+
+    `rounded_by` is None for a base that lay on a grid already; `skipped` holds a line for each
+    figure that could not be had.
+    """
+
+    rounded_by: str | None
+    domain: str
+    max_steps: int
+    tokens_per_step: int
+    before: Losses
+    summaries: list[MethodSummary]
+    runs: list[MethodRun]
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The suite that ran; the other one is None."""
+
+    speed: SpeedResult | None = None
+    adapters: AdaptersResult | None = None
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything; parts that a recipe has no stage for are None or empty."""
 
@@ -191,6 +280,7 @@ class RunReport:
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)
