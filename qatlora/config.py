@@ -19,6 +19,7 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
+    "inspect",
     "load_data",
     "load_base",
     "attach",
@@ -270,11 +271,11 @@ class TrainConfig:
 class EvaluateConfig:
     """How perplexity, KLD and the sample answers are computed."""
 
-    tokens_per_chunk: int = 256
-    """Tokens whose full-vocabulary logits are in memory at the same time."""
+    tokens_per_chunk: int = 2048
+    """Tokens scored at a time, against a tile of the vocabulary."""
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
-    sample_max_new_tokens: int = 48
+    sample_max_new_tokens: int = 32
 
 
 @dataclass
@@ -302,6 +303,14 @@ class ExportConfig:
     file_name: str | None = None
     """Name inside the run folder; null: made from the base's name."""
     other_type: OtherType = OtherType.q8_0
+
+
+@dataclass
+class InspectConfig:
+    """What a checkpoint is compared with."""
+
+    against: str | None = None
+    """HF folder of the checkpoint before an edit or merge; null: no comparison."""
 
 
 @dataclass
@@ -363,6 +372,7 @@ class RootConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
@@ -408,6 +418,8 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    if root.inspect.against is not None:
+        root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

@@ -2,6 +2,8 @@
 
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
+    preflight -> inspect -> report
+    preflight -> benchmark -> report
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -41,6 +43,8 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.stages.benchmark import benchmark
+from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -74,9 +78,12 @@ def _preflight(state: Run) -> None:
     preflight.require(needs, state.run_dir)
     if "write_candidate" in cfg.stages:
         check_converter()
-    state.tokenizer = load_tokenizer(state.source.folder)
-    if template is not None:
-        state.tokenizer.chat_template = template
+    if "inspect" in cfg.stages:
+        check_inspect(state)
+    if "load_base" in cfg.stages:
+        state.tokenizer = load_tokenizer(state.source.folder)
+        if template is not None:
+            state.tokenizer.chat_template = template
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -86,7 +93,10 @@ def _load_data(state: Run) -> None:
         cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
     )
     state.tokenizer.chat_template = training_template(state.tokenizer)
-    settings = ScoreSettings(compute_dtype=dtype_of(cfg.evaluate.logits_precision))
+    settings = ScoreSettings(
+        chunk_tokens=cfg.evaluate.tokens_per_chunk,
+        compute_dtype=dtype_of(cfg.evaluate.logits_precision),
+    )
     state.evaluation = Evaluation(state.batches.texts, settings)
 
 
@@ -229,6 +239,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "inspect": inspect,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
@@ -239,6 +250,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "write_candidate": _write_candidate,
     "guard": _guard,
     "publish": _publish,
+    "benchmark": benchmark,
     "report": _write_report,
 }
 

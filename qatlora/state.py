@@ -23,8 +23,10 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
+    BenchmarkResult,
     ExportResult,
     GuardResult,
+    InspectResult,
     LayerChange,
     RunReport,
     Sample,
@@ -47,6 +49,9 @@ class Run:
     dtype: torch.dtype  # of matrix products
     source: Source | None = None
     layout: Layout | None = None
+    against: Source | None = None  # the checkpoint that the source is compared with
+    inspection: InspectResult | None = None
+    benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     base: LoadedBase | None = None
@@ -80,7 +85,7 @@ class Run:
 
 def report_of(state: Run) -> RunReport:
     """What the stages have left so far, as the report; a part without its stage is None."""
-    base, adapted = state.base, state.adapted
+    adapted = state.adapted
     prompts = state.batches.prompts if state.batches else []
     samples = [
         Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
@@ -89,14 +94,14 @@ def report_of(state: Run) -> RunReport:
     ]
     return RunReport(
         recipe=state.cfg.card.name,
-        base=BaseResult(
-            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
-        ),
+        base=_base_result(state),
         adapter=_adapter_result(adapted) if adapted else None,
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
         export=state.export,
+        inspect=state.inspection,
+        benchmark=state.benchmark,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
@@ -106,6 +111,17 @@ def report_of(state: Run) -> RunReport:
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         settings=dataclasses.asdict(state.cfg),
     )
+
+
+def _base_result(state: Run) -> BaseResult:
+    """The loaded base; a recipe that loads none knows it from its headers."""
+    base = state.base
+    if base is not None:
+        return BaseResult(
+            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
+        )
+    share = state.inspection.on_grid_share if state.inspection else None
+    return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 
 
 def _adapter_result(adapted: AdaptedModel) -> AdapterResult:

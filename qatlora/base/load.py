@@ -32,7 +32,7 @@ from qatlora.grid import Recovered, recover
 
 # A checkpoint counts as on a grid when nearly all blocks of a tensor are: a single odd block (an
 # edited row, say) should not send the whole tensor to the latent path.
-_ON_GRID_SHARE = 0.99
+ON_GRID_SHARE = 0.99
 
 OnLayer = Callable[[int], None]
 
@@ -68,7 +68,7 @@ class LoadedBase:
     @property
     def on_grid(self) -> bool:
         """Whether the checkpoint as a whole lies on a grid."""
-        return self.on_grid_share >= _ON_GRID_SHARE
+        return self.on_grid_share >= ON_GRID_SHARE
 
 
 def load_base(
@@ -109,7 +109,7 @@ def load_base(
         linear = model.get_submodule(name)
         recovered = recover(_best_weight(source, name, linear).to(device))
         share = recovered.on_grid.float().mean().item()
-        store = _store(kind, linear, recovered, on_grid=share >= _ON_GRID_SHARE)
+        store = _store(kind, linear, recovered, on_grid=share >= ON_GRID_SHARE)
         model.set_submodule(name, GridLinear(name, store, linear.bias))
         digest.update(f"{name} {store.digest()}\n".encode())
         if name in layout.trained:

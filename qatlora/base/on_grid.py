@@ -50,7 +50,9 @@ def rounded_folder(
         device: where to round.
         parent: folder of the run.
     """
-    stats = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.folder.iterdir())
+    stats = sorted(
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.folder.iterdir()
+    )
     identity = json.dumps([str(source.folder), stats, by, list(layout.grid)])
     target = parent / f"base-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if target.is_dir():

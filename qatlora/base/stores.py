@@ -9,17 +9,25 @@ Shapes: out x in is the layer's weight; blocks are 32 wide, so steps are [out, i
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from qatlora.grid import BLOCK_SIZE, Q4Blocks, latents, nearest_levels_, pack
+from qatlora.grid import (
+    BLOCK_SIZE,
+    Q4Blocks,
+    latents,
+    nearest_levels_,
+    pack,
+    share_out,
+    spans_of,
+)
 
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over
 # a tile stay in its cache; on a GPU a tile only bounds the temporaries (about 20 bytes per weight),
 # and fewer launches are better.
-_TILE_WEIGHTS = {"cpu": 1 << 18}
+_TILE_WEIGHTS = {"cpu": 1 << 17}
 _TILE_WEIGHTS_ELSEWHERE = 1 << 22
 
 RowReader = Callable[[slice], Tensor]
@@ -52,22 +60,24 @@ class Store(nn.Module, ABC):
     def in_features(self) -> int:
         """Width of a row."""
 
-    def latent_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, latent levels t0 of these rows, float32), tile by tile, in order.
+    def for_each_tile(self, work: Callable[[slice, Tensor], None]) -> None:
+        """Call `work(rows, latent levels t0 of these rows)` for tiles that cover all rows.
 
-        The levels are whole numbers in -8..7 where `on_grid`. The tensor may be overwritten.
+        The levels are float32, whole numbers in -8..7 where `on_grid`, and may be overwritten. On
+        a CPU the calls come from several threads, in any order and without autocast, so `work` may
+        write only to its own rows of a result.
         """
-        read = self._row_reader()
-        num_rows = self.steps.shape[0]
-        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
-        tile_rows = max(1, tile_weights // self.in_features)
-        for first in range(0, num_rows, tile_rows):
-            rows = slice(first, min(first + tile_rows, num_rows))
-            yield rows, read(rows)
+        read, device = self._row_reader(), self.steps.device
+        tile_weights = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS_ELSEWHERE)
+        tiles = spans_of(len(self.steps), max(1, tile_weights // self.in_features))
+        share_out(tiles, device, lambda rows: work(rows, read(rows)))
 
     def latents(self) -> Tensor:
         """All latent levels at once, float32 [out, in]."""
-        return torch.cat([tile for _, tile in self.latent_tiles()])
+        shape = (len(self.steps), self.in_features)
+        whole = torch.empty(shape, dtype=torch.float32, device=self.steps.device)
+        self.for_each_tile(whole.__setitem__)
+        return whole
 
     @abstractmethod
     def _stored(self) -> list[Tensor]:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from qatlora import __version__, files
+from qatlora.adapters.saved import GRID_VERSION
 from qatlora.benchmark.methods import BOUND, METHODS
 from qatlora.benchmark.trial import Trial
 from qatlora.config import BenchmarkConfig, BenchmarkMethod
-from qatlora.report.results import Losses, MethodRun, MethodSummary, Spread
+from qatlora.report.results_benchmark import Losses, MethodRun, MethodSummary, Spread
 
 RunTrial = Callable[[Trial], MethodRun]
 
@@ -36,7 +37,7 @@ def run_all(
     runs = []
     for method in methods:
         tuned = [trial(method, rate, first) for rate in settings.learning_rates]
-        best = min(tuned, key=lambda each: figures(each).validation)
+        best = min(tuned, key=lambda each: each.judged.validation)
         runs += tuned + [trial(method, best.learning_rate, seed) for seed in others]
     return runs
 
@@ -44,13 +45,6 @@ def run_all(
 def num_trials(methods: Sequence[BenchmarkMethod], settings: BenchmarkConfig) -> int:
     """How many trainings `run_all` takes."""
     return len(methods) * (len(settings.learning_rates) + len(settings.seeds) - 1)
-
-
-def figures(run: MethodRun) -> Losses:
-    """The losses that a method is judged by: the bound's unmerged, all others' as deployed."""
-    if run.method == BOUND.name or run.deployed is None:
-        return run.unmerged
-    return run.deployed
 
 
 def summarize(runs: Sequence[MethodRun], before: Losses) -> list[MethodSummary]:
@@ -64,7 +58,7 @@ def _best_runs(runs: Sequence[MethodRun], method: str) -> list[MethodRun]:
     """The method's runs at the rate that was chosen on the first seed."""
     own = [run for run in runs if run.method == method]
     tuned = [run for run in own if run.seed == own[0].seed]
-    rate = min(tuned, key=lambda run: figures(run).validation).learning_rate
+    rate = min(tuned, key=lambda run: run.judged.validation).learning_rate
     return [run for run in own if run.learning_rate == rate]
 
 
@@ -82,10 +76,10 @@ def _summary(
         label=METHODS[BenchmarkMethod[name]].label,
         learning_rate=runs[0].learning_rate,
         seeds=len(runs),
-        task=_required(figures(run).task for run in runs),
-        general=_required(figures(run).general for run in runs),
-        general_kld=_required(figures(run).general_kld for run in runs),
-        share=_spread(share(figures(run), run.seed) for run in runs),
+        task=_required(run.judged.task for run in runs),
+        general=_required(run.judged.general for run in runs),
+        general_kld=_required(run.judged.general_kld for run in runs),
+        share=_spread(share(run.judged, run.seed) for run in runs),
         merged_share=_spread(merged),
         codes_changed=_spread(run.codes_changed for run in runs),
         steps_changed=_spread(run.steps_changed for run in runs),
@@ -113,29 +107,32 @@ class Records:
     """Finished trials as JSON files, one each, written whole or not at all."""
 
     def __init__(self, folder: Path, common: dict[str, Any]) -> None:
-        """`common` holds all that decides a result besides the trial itself; JSON values."""
+        """`common` holds what decides the results of all trials alike; JSON values."""
         self._folder, self._common = folder, common
 
-    def find_or_run(self, trial: Trial, run: RunTrial) -> MethodRun:
-        """The recorded run of this trial under the same settings, or a new one."""
+    def find_or_run(self, trial: Trial, own: dict[str, Any], run: RunTrial) -> MethodRun:
+        """The recorded run of this trial under the same settings, or a new one.
+
+        `own` holds what, besides the trial and the common settings, decides this result.
+        """
         path = self._folder / f"{trial.method.name}-{trial.learning_rate:g}-{trial.seed}.json"
-        digest = self._digest(trial)
+        digest = self._digest(trial, own)
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["settings_digest"] == digest:
                 return _from_json(stored["run"])
         finished = run(trial)
-        files.write_json(
-            path, {"settings_digest": digest, "run": dataclasses.asdict(finished)}
-        )
+        files.write_json(path, {"settings_digest": digest, "run": dataclasses.asdict(finished)})
         return finished
 
-    def _digest(self, trial: Trial) -> str:
+    def _digest(self, trial: Trial, own: dict[str, Any]) -> str:
         method = dataclasses.asdict(METHODS[trial.method])
         settings = {
             "trial": dataclasses.asdict(trial) | {"method": method},
             "version": __version__,
+            "grid_version": GRID_VERSION,
             **self._common,
+            **own,
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

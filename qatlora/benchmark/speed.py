@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ from qatlora.benchmark.methods import BASELINE, METHODS
 from qatlora.benchmark.worker import FORGET_PEAK, Failed, Job, Peak, Ready, Timing, serve
 from qatlora.config import BenchmarkConfig, BenchmarkMethod, TrainConfig
 from qatlora.errors import BenchmarkError
-from qatlora.report.results import SpeedResult, SpeedRow
+from qatlora.report.results_benchmark import SpeedResult, SpeedRow
 
 # Bits per weight of what a storage keeps of a Q4_0 tensor; NF4 of plain PEFT has no steps.
 _STORED_BITS = {"q4_0": 4.5, "nf4": 4.63, "bf16": 16.5}
@@ -73,11 +73,11 @@ class Worker:
                 "methods at a time (benchmark.methods), or take a smaller base."
             ) from None
         if isinstance(answer, Failed):
+            reason = answer.text.strip().splitlines()[-1]
             raise BenchmarkError(
-                f"{self._name} failed while it was measured: {answer.text.strip().splitlines()[-1]}. "
-                "Leave it out of benchmark.methods, or look at the traceback with "
-                f"QATLORA_TRACEBACK=1.\n{answer.text}"
-            )
+                f"{self._name} failed while it was measured: {reason}. Leave it out of "
+                "benchmark.methods, or look at its traceback with QATLORA_TRACEBACK=1."
+            ) from RuntimeError(answer.text)
         assert isinstance(answer, kind)
         return answer
 
@@ -191,7 +191,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def num_steps(methods: Sequence[BenchmarkMethod], settings: BenchmarkConfig) -> Any:
+def num_steps(methods: Sequence[BenchmarkMethod], settings: BenchmarkConfig) -> int:
     """Optimizer steps of the whole measurement."""
     rounds = settings.warmup_rounds + settings.rounds
     return len(methods) * len(settings.tokens_per_step) * rounds

@@ -20,7 +20,7 @@ from qatlora.config import BenchmarkMethod, LoggingConfig, TeacherConfig, Teache
 from qatlora.data.rows import Batches
 from qatlora.evaluate.models import Evaluation
 from qatlora.grid import Q4Blocks
-from qatlora.report.results import Losses, MethodRun
+from qatlora.report.results_benchmark import Losses, MethodRun
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
 

@@ -35,9 +35,7 @@ class DomainSettings:
     eval_tokens: int
 
 
-def load_domain(
-    settings: DomainSettings, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Batches:
+def load_domain(settings: DomainSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batches:
     """Training rows in an order drawn from `seed`, and the three held-out texts.
 
     Raises:
@@ -51,7 +49,7 @@ def load_domain(
     held_out = held_out_rows(domain, tokenizer, length, 2 * settings.eval_tokens)
     if len(held_out) < 2:
         raise DataError(
-            f"The held-out tenth of {domain.name} fills {len(held_out)} row of {length} tokens, and "
+            f"The held-out tenth of {domain.name} fills {len(held_out)} row of {length} tokens; "
             "one is needed to choose a learning rate and another to report. Give a longer text in "
             "benchmark.domain, or raise benchmark.eval_tokens."
         )

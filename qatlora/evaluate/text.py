@@ -1,6 +1,6 @@
 """A model on a text, window batch by window batch, so that memory does not grow with the text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def evaluate_text(
     settings = settings or ScoreSettings()
     head = LmHead.of(model)
     batches, done = [], 0
-    for batch in scored_states(model, rows, settings):
+    for batch in _gathered(scored_states(model, rows, settings), settings.chunk_tokens):
         stop = done + len(batch.targets)
         others = []
         for reference in references:
@@ -50,6 +50,24 @@ def evaluate_text(
         if done != len(reference.targets):
             raise _other_tokens(done, len(reference.targets))
     return [TokenScores.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+def _gathered(batches: Iterable[StatesBatch], at_least: int) -> Iterator[StatesBatch]:
+    """Join small batches: the head's weight is read once per batch, and states are small."""
+    waiting: list[StatesBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(part.targets) for part in waiting) >= at_least:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[StatesBatch]) -> StatesBatch:
+    return StatesBatch(
+        torch.cat([part.hidden for part in parts]), torch.cat([part.targets for part in parts])
+    )
 
 
 def _check_same_tokens(batch: StatesBatch, reference: ReferenceStates, start: int) -> None:

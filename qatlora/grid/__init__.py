@@ -11,8 +11,9 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, explains, recover
+from qatlora.grid.recover import Recovered, detect, explains, recover
 from qatlora.grid.search import search_steps
+from qatlora.grid.spans import share_out, spans_of
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Q4Blocks",
     "Recovered",
     "decode",
+    "detect",
     "digest",
     "dither",
     "encode_reference",
@@ -33,5 +35,7 @@ __all__ = [
     "pack",
     "recover",
     "search_steps",
+    "share_out",
+    "spans_of",
     "unpack",
 ]

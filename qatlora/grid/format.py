@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qatlora.errors import GridError
-from qatlora.grid.spans import for_each_span, span_blocks
+from qatlora.grid.spans import for_each_span
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 STEP_BYTES = 2
@@ -56,11 +56,11 @@ def decode(blocks: Q4Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights [..., in]: fp32(step) * level, exact in fp32, then cast to ``dtype``."""
     steps, levels = blocks.steps.reshape(-1, 1), blocks.levels.reshape(-1, BLOCK_SIZE)
     weight = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-    # In spans, so that only a small part exists in fp32; it stays in a CPU's cache.
-    span = span_blocks(levels.device)
-    for start in range(0, len(levels), span):
-        part = slice(start, start + span)
-        weight[part] = levels[part].float().mul_(steps[part].float())
+
+    def decode_span(span: slice) -> None:
+        weight[span] = levels[span].float().mul_(steps[span].float())
+
+    for_each_span(len(levels), levels.device, decode_span)
     return weight.view(blocks.levels.shape)
 
 

@@ -95,6 +95,28 @@ def recover(weight: Tensor) -> Recovered:
         GridError: width is no multiple of 32, or a weight is not finite.
     """
     stored = split_blocks(weight)
+    state, rest = _solve(stored)
+    _solve_again(_search, rest, stored, state)
+    blocks = join_blocks(state.steps, state.levels, weight.shape)
+    return Recovered(blocks, state.on_grid.view(blocks.steps.shape))
+
+
+def detect(weight: Tensor) -> Tensor:
+    """Tell which blocks of a checkpoint's weight lie on a grid: bool [..., in / 32].
+
+    The same answer as ``recover`` gives, without the search of steps for the other blocks, which
+    takes most of its time on ordinary weights.
+
+    Raises:
+        GridError: width is no multiple of 32, or a weight is not finite.
+    """
+    stored = split_blocks(weight)
+    state, _ = _solve(stored)
+    return state.on_grid.view(*weight.shape[:-1], weight.shape[-1] // BLOCK_SIZE)
+
+
+def _solve(stored: Tensor) -> tuple[_State, Tensor]:
+    """Solve every block [n, 32] that is on a grid; return the state and the other blocks."""
     state = _State.empty(len(stored), stored.device)
     unsolved = [torch.empty(0, dtype=torch.int64, device=stored.device)]
 
@@ -108,9 +130,7 @@ def recover(weight: Tensor) -> Recovered:
     for solve in (_solve_doubtful, _solve_any):
         _solve_again(solve, rest[state.peak_levels[rest] > 0], stored, state)
         rest = rest[~state.on_grid[rest]]
-    _solve_again(_search, rest, stored, state)
-    blocks = join_blocks(state.steps, state.levels, weight.shape)
-    return Recovered(blocks, state.on_grid.view(blocks.steps.shape))
+    return state, rest
 
 
 def explains(blocks: Q4Blocks, weight: Tensor) -> Tensor:

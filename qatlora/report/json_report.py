@@ -44,6 +44,8 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "kld": _by_text_and_model(report, lambda result: result.kld and asdict(result.kld)),
         "guard": parts.pop("guard"),
         "export": parts.pop("export"),
+        "inspect": parts.pop("inspect"),
+        "benchmark": parts.pop("benchmark"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

@@ -7,6 +7,8 @@ Units stand in the names or here: losses and KLD in nats per token, perplexity =
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatlora.report.results_benchmark import BenchmarkResult
+
 SCHEMA_VERSION = 1
 
 # Names of the evaluation texts and of the models that are compared on them.
@@ -16,13 +18,16 @@ MODELS = ("base", "trained", "merged")
 
 @dataclass(frozen=True)
 class BaseResult:
-    """The base: `on_grid_share` is the share of the trained blocks on a grid in the checkpoint."""
+    """The base: `on_grid_share` is the share of the trained blocks on a grid in the checkpoint.
+
+    `storage` and `digest` (of steps and latents in memory) are None where no model was loaded.
+    """
 
     name: str
-    storage: str
+    storage: str | None
     parameters: int
-    on_grid_share: float
-    digest: str
+    on_grid_share: float | None
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,90 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
+class TensorInspection:
+    """One tensor of a checkpoint against the Q4_0 grid.
+
+    Errors are relative: sqrt(sum (decoded - w)^2 / sum w^2).
+
+    Attributes:
+        name: the module, without ``.weight``.
+        blocks: number of blocks of 32 weights.
+        zero_blocks: blocks of zeros alone: on every grid, with no peak level.
+        on_grid_share: share of blocks on a grid, zero blocks among them.
+        peak_levels: blocks on the grid whose largest level is 1, 2, .. 8.
+        reference_exact_share: share of blocks that llama.cpp's reference encoder reproduces.
+        error_reference: relative error of that encoder; None where a step overflows fp16.
+        error_ours: relative error of recovered, or off the grid searched, steps.
+    """
+
+    name: str
+    blocks: int
+    zero_blocks: int
+    on_grid_share: float
+    peak_levels: list[int]
+    reference_exact_share: float
+    error_reference: float | None
+    error_ours: float
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """A tensor that differs between two checkpoints.
+
+    Attributes:
+        name: the tensor's name in the files.
+        changed_share: share of weights with another value.
+        relative_size: sqrt(sum (after - before)^2 / sum before^2); None if all were zero before.
+        on_grid_before: share of blocks on a grid; None outside the trained list.
+        on_grid_after: the same after the edit.
+        blocks_off_grid: blocks that were on a grid before and are not after; None as above.
+    """
+
+    name: str
+    changed_share: float
+    relative_size: float | None
+    on_grid_before: float | None = None
+    on_grid_after: float | None = None
+    blocks_off_grid: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint against the one it was made from.
+
+    Attributes:
+        against: folder of the checkpoint before the edit.
+        tensors: number of tensors that both have.
+        edits: those of them that differ, in the order of their names.
+        stray: tensors that only the edited checkpoint has.
+        missing: tensors that only the one before has.
+    """
+
+    against: str
+    tensors: int
+    edits: list[TensorEdit]
+    stray: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """Whether a checkpoint's trained list lies on the Q4_0 grid; shares and errors over all of it.
+
+    `kind` is on_grid, partly or off_grid; `stored_types` counts tensors per type in the files.
+    """
+
+    kind: str
+    on_grid_share: float
+    reference_exact_share: float
+    error_reference: float | None
+    error_ours: float
+    stored_types: dict[str, int]
+    tensors: list[TensorInspection]
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One held-out prompt and the answers by model name."""
 
@@ -143,133 +232,6 @@ class StageTime:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    """One method at one size of a step.
-
-    `time_ratio` is the median over rounds of its time over the baseline's; `peak_bytes` leaves out
-    what the process held before the model was loaded; `memory_ratio_of_storage` is the ratio that
-    the difference of the stored bits alone would give. None without the baseline.
-    """
-
-    method: str
-    label: str
-    storage: str
-    tokens_per_step: int
-    seconds_median: float
-    seconds_min: float
-    seconds_max: float
-    time_ratio: float | None
-    peak_bytes: int
-    peak_process_bytes: int
-    memory_ratio: float | None
-    memory_ratio_of_storage: float | None
-    trainable_parameters: int
-
-
-@dataclass(frozen=True)
-class SpeedResult:
-    """Step time and peak memory of several methods, which took turns."""
-
-    device: str
-    threads: int
-    rounds: int
-    row_tokens: int
-    keep_blocks: bool
-    gradient_checkpointing: bool
-    baseline: str
-    rows: list[SpeedRow]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """A model on the three held-out texts, nats per token; the KLD is the base's to this model."""
-
-    task: float
-    validation: float
-    general: float
-    general_kld: float
-
-
-@dataclass(frozen=True)
-class MethodRun:
-    """One training of one method.
-
-    `unmerged` is the model as trained. `deployed` is what llama.cpp would run: equal for a method
-    inside the grid, after a merge and llama-quantize for PEFT's own LoRA, None where that could not
-    be done. `codes_changed` and `steps_changed` are shares against the base, a block and its
-    negative counted as the same.
-    """
-
-    method: str
-    learning_rate: float
-    seed: int
-    unmerged: Losses
-    deployed: Losses | None
-    codes_changed: float | None
-    steps_changed: float | None
-    trainable_parameters: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, lowest and highest over the seeds."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class MethodSummary:
-    """A method at its best learning rate, over the seeds.
-
-    `share` is what the deployed model gains on the task over what the bound gains of the same seed;
-    the bound's own losses are unmerged, and `merged_share` is what is left of them after a merge.
-    """
-
-    method: str
-    label: str
-    learning_rate: float
-    seeds: int
-    task: Spread
-    general: Spread
-    general_kld: Spread
-    share: Spread | None
-    merged_share: Spread | None
-    codes_changed: Spread | None
-    steps_changed: Spread | None
-    trainable_parameters: int
-    seconds: Spread
-
-
-@dataclass(frozen=True)
-class AdaptersResult:
-    """What the adapters of several methods keep on one base that lies on the grid.
-
-    `rounded_by` is None for a base that lay on a grid already; `skipped` holds a line for each
-    figure that could not be had.
-    """
-
-    rounded_by: str | None
-    domain: str
-    max_steps: int
-    tokens_per_step: int
-    before: Losses
-    summaries: list[MethodSummary]
-    runs: list[MethodRun]
-    skipped: list[str]
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """The suite that ran; the other one is None."""
-
-    speed: SpeedResult | None = None
-    adapters: AdaptersResult | None = None
-
-
-@dataclass(frozen=True)
 class RunReport:
     """Everything; parts that a recipe has no stage for are None or empty."""
 
@@ -280,6 +242,7 @@ class RunReport:
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    inspect: InspectResult | None = None
     benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)

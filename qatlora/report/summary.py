@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
+from qatlora.report.inspect_text import advice, headline
 from qatlora.report.results import RunReport, TextResult
 
 
@@ -13,7 +14,8 @@ class Verdict:
     Attributes:
         headline: the sentence, without what is in `reasons`.
         good: True for a guard that passed, False for one that failed, None where none ran.
-        reasons: one line per gate that failed, and the reason of an override.
+        reasons: one line per gate that failed, and the reason of an override; what an inspection
+            means.
     """
 
     headline: str
@@ -22,7 +24,10 @@ class Verdict:
 
 
 def verdict(report: RunReport) -> Verdict:
-    """The verdict on `report`: what the guard said and whether a file was published."""
+    """The verdict on `report`: what the guard said, or what an inspection found."""
+    if report.inspect is not None:
+        good = True if report.inspect.kind == "on_grid" else None
+        return Verdict(headline(report.inspect), good, advice(report.inspect))
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])

@@ -1,1 +1,1 @@
-"""Stages that belong to one recipe only; `qatlora.pipeline` joins them to its own."""
+"""Stages that belong to one recipe; `qatlora.pipeline` lists them with all others."""

@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-
-import torch
+import json
+from collections.abc import Iterable
 
 from qatlora import progress
 from qatlora.base.layout import find_layout
@@ -19,12 +19,12 @@ from qatlora.benchmark.speed import measure_speed, num_steps
 from qatlora.benchmark.trial import Bench, Trial, blocks_of, measured, run_trial
 from qatlora.config import BaseConfig, BenchmarkSuite, Storage, StorageConfig
 from qatlora.data.domain import DomainSettings, load_domain
-from qatlora.data.rows import Batches
+from qatlora.data.rows import Batches, Row
 from qatlora.data.templates import chosen_template
 from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.report.json_report import plain
-from qatlora.report.results import AdaptersResult, BenchmarkResult, Losses, MethodRun
+from qatlora.report.results_benchmark import AdaptersResult, BenchmarkResult, Losses, MethodRun
 from qatlora.state import Run, dtype_of
 
 
@@ -66,14 +66,16 @@ def _adapters(state: Run) -> None:
         eval_tokens=settings.eval_tokens,
     )
     batches = {seed: load_domain(domain, tokenizer, seed) for seed in settings.seeds}
-    bench, before = _bench(state, ground, batches[settings.seeds[0]])
-    records = Records(state.run_dir / "runs", _common(state, bench, batches))
+    bench, before, base_digest = _bench(state, ground, batches[settings.seeds[0]])
+    records = Records(state.run_dir / "runs", _common(state, bench, base_digest))
 
     with state.bar("trials", num_trials(methods, settings), "trials") as advance:
 
         def run(trial: Trial) -> MethodRun:
             finished = records.find_or_run(
-                trial, lambda new: run_trial(new, bench, batches[new.seed])
+                trial,
+                _own(trial, batches[trial.seed]),
+                lambda new: run_trial(new, bench, batches[new.seed]),
             )
             advance(1)
             return finished
@@ -120,38 +122,51 @@ def _ground(state: Run) -> Ground:
     )
 
 
-def _bench(state: Run, ground: Ground, batches: Batches) -> tuple[Bench, Losses]:
-    """The base itself: its blocks, its states as the teacher, and its losses."""
+def _bench(state: Run, ground: Ground, batches: Batches) -> tuple[Bench, Losses, str]:
+    """The base itself: its blocks, its states as the teacher, its losses, its digest."""
     storage = StorageConfig(kind=Storage.q4_0)
     base = load_base(ground.source, ground.layout, storage, ground.device, state.tokenizer)
     deploy_embeddings(base.model, ground.other_type)
     precision = dtype_of(state.cfg.evaluate.logits_precision)
     evaluation = Evaluation(batches.texts, ScoreSettings(compute_dtype=precision))
     with state.bar("base's states", evaluation.num_tokens, "tokens") as advance:
-        evaluation.teacher = evaluation.states_of(base.model, advance)
-    before = measured(base.model, evaluation)
+        evaluation.measure("base", base.model, advance, keep=True)
+    evaluation.teacher = evaluation.states.pop("base")
+    settings = state.cfg.benchmark
     train = dataclasses.replace(
         state.cfg.train,
-        max_steps=state.cfg.benchmark.max_steps,
-        rows_per_step=state.cfg.benchmark.rows_per_step,
-        micro_batch_rows=state.cfg.benchmark.rows_per_step,
+        max_steps=settings.max_steps,
+        rows_per_step=settings.rows_per_step,
+        micro_batch_rows=settings.rows_per_step,
     )
-    state.base = dataclasses.replace(base, model=None)
-    return Bench(ground, blocks_of(base), evaluation, train), before
+    bench = Bench(ground, blocks_of(base), evaluation, train)
+    return bench, measured(base.model, evaluation), base.digest
 
 
-def _common(state: Run, bench: Bench, batches: dict[int, Batches]) -> dict[str, object]:
-    """What decides a result besides the trial: base, data, course, adapter."""
-    rows = hashlib.sha256()
-    for batch in batches.values():
-        for each in (*batch.train, *(row for text in batch.texts for row in text.rows)):
-            rows.update(torch.tensor(each.input_ids).numpy().tobytes())
+def _common(state: Run, bench: Bench, base_digest: str) -> dict[str, object]:
+    """What decides the results of all trials alike: base, texts, course, adapter."""
+    cfg, ground = state.cfg, bench.ground
     return {
-        "base": state.base.digest,
-        "rows": rows.hexdigest(),
+        "base": base_digest,
+        "texts": [_digest_of(text.rows) for text in bench.evaluation.texts],
         "train": plain(dataclasses.asdict(bench.train)),
-        "adapter": [state.cfg.adapter.rank, state.cfg.adapter.alpha, state.cfg.adapter.steps_rank],
-        "other_type": bench.ground.other_type,
-        "compute_dtype": str(bench.ground.compute_dtype),
-        "merges": why_not_mergeable() is None,
+        "adapter": [cfg.adapter.rank, cfg.adapter.alpha, cfg.adapter.steps_rank],
+        "other_type": ground.other_type,
+        "compute_dtype": str(ground.compute_dtype),
     }
+
+
+def _own(trial: Trial, batches: Batches) -> dict[str, object]:
+    """What decides one trial's result besides: its rows, and whether a merge can be quantized."""
+    is_plain = METHODS[trial.method].kind is None
+    return {
+        "rows": _digest_of(batches.train),
+        "merged": why_not_mergeable() is None if is_plain else None,
+    }
+
+
+def _digest_of(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.input_ids).encode())
+    return digest.hexdigest()
