@@ -8,6 +8,7 @@ Shapes: out x in is the layer's weight; blocks are 32 wide, so steps are [out, i
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -27,7 +28,7 @@ from qatlora.grid import (
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over
 # a tile stay in its cache; on a GPU a tile only bounds the temporaries (about 20 bytes per weight),
 # and fewer launches are better.
-_TILE_WEIGHTS = {"cpu": 1 << 17}
+_TILE_WEIGHTS = {"cpu": 1 << 18}
 _TILE_WEIGHTS_ELSEWHERE = 1 << 22
 
 RowReader = Callable[[slice], Tensor]
@@ -68,9 +69,17 @@ class Store(nn.Module, ABC):
         write only to its own rows of a result.
         """
         read, device = self._row_reader(), self.steps.device
+        share_out(self._tiles(), device, lambda rows: work(rows, read(rows)))
+
+    def _tiles(self) -> list[slice]:
+        """Slices of rows, on a CPU as many for each thread."""
+        device, num_rows = self.steps.device, len(self.steps)
         tile_weights = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS_ELSEWHERE)
-        tiles = spans_of(len(self.steps), max(1, tile_weights // self.in_features))
-        share_out(tiles, device, lambda rows: work(rows, read(rows)))
+        num_tiles = math.ceil(num_rows * self.in_features / tile_weights)
+        if device.type == "cpu":
+            threads = torch.get_num_threads()
+            num_tiles = threads * math.ceil(num_tiles / threads)
+        return spans_of(num_rows, math.ceil(num_rows / num_tiles))
 
     def latents(self) -> Tensor:
         """All latent levels at once, float32 [out, in]."""
