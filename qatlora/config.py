@@ -24,12 +24,14 @@ STAGES = (
     "load_base",
     "attach",
     "evaluate_base",
+    "evaluate_reference",
     "train",
     "save_adapter",
     "evaluate_trained",
     "write_candidate",
     "guard",
     "publish",
+    "save_base",
     "benchmark",
     "report",
 )
@@ -87,6 +89,28 @@ class TeacherKind(Enum):
 
     bf16 = "bf16"
     none = "none"
+
+
+class Trained(Enum):
+    """What training changes: low-rank adapters over a fixed base, or the base's weights."""
+
+    adapters = "adapters"
+    weights = "weights"
+
+
+class LatentSteps(Enum):
+    """Steps of trained weights: fixed at the start, llama.cpp's rule on them, or trained too."""
+
+    frozen = "frozen"
+    recomputed = "recomputed"
+    learned = "learned"
+
+
+class Effect(Enum):
+    """What a run must have improved: the held-out chats' loss, or the KLD to the teacher."""
+
+    task_loss = "task_loss"
+    teacher_kld = "teacher_kld"
 
 
 class LrScheduler(Enum):
@@ -217,6 +241,8 @@ class DataConfig:
     """Scored tokens of each held-out text at most."""
     replay_rows_per_step: int = 1
     """How many of a step's rows are general text, for its KL term."""
+    replay_mix: dict[str, float] = field(default_factory=dict)
+    """Texts of those rows (as in general) and their weights; empty: general alone."""
     num_prompts: int = 3
     """Held-out user turns answered before and after training."""
 
@@ -238,14 +264,23 @@ class TeacherConfig:
 
 
 @dataclass
+class DistillConfig:
+    """What is trained, and how trained weights reach the grid."""
+
+    train: Trained = Trained.adapters
+    steps: LatentSteps = LatentSteps.frozen
+    """Where the steps of trained weights come from; for train=weights."""
+
+
+@dataclass
 class TrainConfig:
     """The optimizer's course; rows are packed or single conversations of max_length_tokens."""
 
     max_steps: int = 30
     learning_rate: float = 1e-3
-    """Peak rate of the low-rank factors of the levels."""
+    """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
     steps_learning_rate: float = 1e-2
-    """Peak rate of the low-rank factors of the steps."""
+    """Peak rate of what moves the steps: low-rank factors, or a relative change per block."""
     lr_scheduler: LrScheduler = LrScheduler.cosine
     warmup_ratio: float = 0.1
     """Share of max_steps in which the rate rises from zero."""
@@ -287,6 +322,7 @@ class GuardConfig:
     roundtrip_kld_p99_max_nats: float = 1e-5
     roundtrip_same_top_min_share: float = 1.0
     require_effect: bool = True
+    effect: Effect = Effect.task_loss
     effect_min_standard_errors: float = 2.0
     drift_kld_increase_max_nats: float = 0.15
     llama_cpp: bool = True
@@ -368,6 +404,7 @@ class RootConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -410,7 +447,7 @@ def _refuse_added_keys(cfg: DictConfig, schema: DictConfig, prefix: str = "") ->
                 f"{prefix}{key}: there is no such setting, and none can be added. Leave it out; "
                 f"the settings here are {', '.join(map(str, schema))}."
             )
-        if OmegaConf.is_dict(schema[key]):
+        if OmegaConf.is_dict(schema[key]) and len(schema[key]):  # empty: keys are the user's own
             _refuse_added_keys(cfg[key], schema[key], f"{prefix}{key}.")
 
 

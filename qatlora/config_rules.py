@@ -15,12 +15,15 @@ from qatlora.config import (
     AdapterKind,
     BaseConfig,
     DataKind,
+    Effect,
     ExportConfig,
     InspectConfig,
     RootConfig,
     Rounding,
+    Storage,
     TeacherKind,
     TrainConfig,
+    Trained,
 )
 from qatlora.errors import ConfigError
 
@@ -85,6 +88,7 @@ def validate(cfg: RootConfig) -> None:
     _check_adapter(cfg)
     _check_data(cfg)
     _check_losses(cfg)
+    _check_distill(cfg)
     _check_train(cfg.train)
     _check_export(cfg.export)
     _check_inspect(cfg.inspect)
@@ -192,6 +196,12 @@ def _check_data(cfg: RootConfig) -> None:
             f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
             "and reads no file. Add data=jsonl, or leave data.path out."
         )
+    for name, weight in data.replay_mix.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"data.replay_mix.{name}={weight}: must be greater than 0. Raise it, or remove the "
+                f"text with ~data.replay_mix.{name}."
+            )
     if cfg.teacher.general_kl_weight > 0 and data.replay_rows_per_step == 0:
         raise ConfigError(
             f"data.replay_rows_per_step=0 with teacher.general_kl_weight="
@@ -213,6 +223,27 @@ def _check_losses(cfg: RootConfig) -> None:
         raise ConfigError(
             "teacher.ce_weight, kl_weight and general_kl_weight are all 0: nothing would be "
             "trained. Set at least one of them above 0."
+        )
+
+
+def _check_distill(cfg: RootConfig) -> None:
+    if cfg.guard.effect is Effect.teacher_kld and cfg.teacher.kind is TeacherKind.none:
+        raise ConfigError(
+            "guard.effect=teacher_kld with teacher.kind=none: there would be no KLD to fall. Use "
+            "teacher=bf16, or guard.effect=task_loss."
+        )
+    if cfg.distill.train is not Trained.weights:
+        return
+    if cfg.storage.kind is not Storage.bf16:
+        raise ConfigError(
+            f"distill.train=weights with storage={cfg.storage.kind.name}: trained weights start "
+            "from the checkpoint's own values, which only bf16 keeps. Use storage=bf16."
+        )
+    if "save_adapter" in cfg.stages or cfg.adapter.path is not None:
+        raise ConfigError(
+            "distill.train=weights with adapter.path or the stage save_adapter: trained weights "
+            "leave a checkpoint, no adapter. Use recipe=qat_distill without adapter.path, or "
+            "distill.train=adapters."
         )
 
 

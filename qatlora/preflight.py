@@ -17,12 +17,12 @@ import torch
 from qatlora.base.layout import Layout
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import BenchmarkSuite, RootConfig
+from qatlora.config import BenchmarkSuite, RootConfig, Trained
 from qatlora.distill import LossSettings
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 
-_BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 5.0, "bf16": 16.5}
+_BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 4.5, "bf16": 16.5}
 _IMPORTED_LIBRARIES_BYTES = 1.1e9
 _BF16_BYTES = 2
 _FP32_BYTES = 4
@@ -35,6 +35,9 @@ _STREAMED_BYTES_PER_WEIGHT = 8
 _PART_BYTES = 0.5e9
 _REPORT_BYTES = 1e7
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
+# Of a trained weight: itself, its gradient and two moments; all but the gradient go to disk.
+_LATENT_BYTES, _CHECKPOINT_BYTES = 4 * _FP32_BYTES, 3 * _FP32_BYTES
+_CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
 
@@ -64,7 +67,12 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     memory = _IMPORTED_LIBRARIES_BYTES + student + second_model + logits
     if "train" in cfg.stages:
         memory += _activation_bytes(cfg, text)
+    num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
+    memory += num_latents * _LATENT_BYTES
     disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * _BF16_BYTES)
+    disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
+    if "save_base" in cfg.stages:
+        disk += layout.num_parameters * _BF16_BYTES
     flops = _flops(cfg, layout, hidden * vocab)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
@@ -120,7 +128,8 @@ def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
     evaluations = len({"evaluate_base", "evaluate_trained", "guard"} & stages) + 1
     evaluated = 2 * evaluations * cfg.data.eval_tokens
     decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
-    # Training: student forward, two backward products and the teacher; the head three times.
+    # Training: student forward, one backward product of the inputs and another of the weights or
+    # factors, and the teacher; the head three times.
     return trained * (4 * decoder + 3 * head) + evaluated * (2 * decoder + 2 * head)
 
 

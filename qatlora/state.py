@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora import __version__, progress
 from qatlora.adapters.attach import AdaptedModel
+from qatlora.adapters.latents import LatentModel
+from qatlora.adapters.model import GridModel
 from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
@@ -24,9 +26,11 @@ from qatlora.report.results import (
     AdapterResult,
     BaseResult,
     BenchmarkResult,
+    CheckpointResult,
     ExportResult,
     GuardResult,
     InspectResult,
+    LatentsResult,
     LayerChange,
     RunReport,
     Sample,
@@ -56,7 +60,7 @@ class Run:
     batches: Batches | None = None
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
-    adapted: AdaptedModel | None = None
+    adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
     answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
@@ -66,6 +70,7 @@ class Run:
     candidate: Candidate | None = None
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
 
     def bar(self, name: str, total: int, unit: str) -> Any:
@@ -95,12 +100,14 @@ def report_of(state: Run) -> RunReport:
     return RunReport(
         recipe=state.cfg.card.name,
         base=_base_result(state),
-        adapter=_adapter_result(adapted) if adapted else None,
+        adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
+        latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
         export=state.export,
         inspect=state.inspection,
+        checkpoint=state.checkpoint,
         benchmark=state.benchmark,
         changes=state.changes,
         samples=samples,
@@ -134,6 +141,14 @@ def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
         dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
         trainable_parameters=adapted.num_trainable,
         tensors=len(adapted.base.trained),
+    )
+
+
+def _latents_result(latents: LatentModel) -> LatentsResult:
+    return LatentsResult(
+        steps=latents.rule.steps,
+        trainable_parameters=latents.num_trainable,
+        tensors=len(latents.base.trained),
     )
 
 

@@ -13,6 +13,14 @@ With g = dL/dW = dY^T X [out, in] the straight-through gradients are
 For `lora` alone g is never formed: dB = scale * dY^T (X A^T) and dA = scale * (dY B)^T X cost what
 LoRA costs. For the others g is formed in tiles of rows and reduced at once.
 In an all-zero block (step 0) nothing moves the weight, so its share of the gradient is taken out.
+
+`LatentProduct` is the same for a layer whose weight w itself is trained, with c the change of the
+steps where they are learned:
+
+    latents   dw = g * step' / step       (step' = step where the steps do not move)
+    steps     dc = sum over the block of g * level * step
+
+The whole of g is then the result; its products run in x's dtype, and it is widened once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +34,7 @@ from qatlora.base.stores import reciprocal
 from qatlora.grid import BLOCK_SIZE, decode
 
 if TYPE_CHECKING:
+    from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
 
 _TILE_WEIGHTS = 1 << 22
@@ -149,3 +158,38 @@ class _LevelGradients:
         moved = g.mul_(self.factor[rows].unsqueeze(-1)).flatten(-2)
         self.grad_up[rows] = moved @ self.down.T
         self.grad_down += self.up[rows].T @ moved
+
+
+class LatentProduct(torch.autograd.Function):
+    """y = x W^T of a `LatentLinear`; x [..., in] in the compute dtype, parameters float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: "LatentLinear", latent: Tensor, step_change: Tensor | None
+    ) -> Tensor:
+        """Multiply by the deployed weight; keep x, and the blocks where the layer keeps them."""
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        blocks = deployed_weight(layer)
+        ctx.blocks = blocks if layer.keeps_blocks else None
+        return x @ decode(blocks, x.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the latents and the change of the steps."""
+        (x,) = ctx.saved_tensors
+        layer: LatentLinear = ctx.layer
+        blocks = deployed_weight(layer) if ctx.blocks is None else ctx.blocks
+        grad_y = grad_y.to(x.dtype)
+        grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
+        g = (grad_y.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        g_blocks = g.unflatten(-1, (-1, BLOCK_SIZE))
+        g_blocks[layer.zero_blocks.unbind(-1)] = 0.0
+        grad_change = None
+        if layer.step_change is not None:
+            levels = blocks.levels.unflatten(-1, (-1, BLOCK_SIZE))
+            grad_change = (g_blocks * levels).sum(-1).mul_(layer.steps)
+            ratio = blocks.steps.float() * reciprocal(layer.steps)
+            g_blocks.mul_(ratio.unsqueeze(-1))
+        return grad_x, None, g, grad_change

@@ -6,7 +6,11 @@ A deployed weight is ``step * level``. An adapter of kind
     steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
     both    moves the levels by the base's steps, then the steps
 
-where t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a
+Without an adapter the weights themselves may be trained, as float32 latents w over frozen base
+steps (`LatentRule`): level = clamp(round(w / step), -8, 7), and the steps stay, move by a factor of
+their own, or are chosen anew with the levels by llama.cpp's rule.
+
+Above, t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a
 grid a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there
 is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 
@@ -15,7 +19,7 @@ Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +37,7 @@ from qatlora.grid import (
 )
 
 if TYPE_CHECKING:
+    from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
 
 _FP16_MAX = 65504.0
@@ -77,22 +82,54 @@ class AdapterRule:
         return self.alpha / self.rank
 
 
+@dataclass(frozen=True)
+class LatentRule:
+    """How latent weights become blocks.
+
+    Attributes:
+        steps: frozen (found once in the checkpoint's weights), recomputed (llama.cpp's rule on the
+            latents) or learned (the frozen steps times a trained factor per block).
+    """
+
+    steps: str
+
+
 @torch.no_grad()
-def deployed_weight(layer: "GridLinear | GridAdapter") -> Q4Blocks:
+def deployed_weight(layer: "GridLinear | GridAdapter | LatentLinear") -> Q4Blocks:
     """The model: what training multiplies by, the guard compares and the GGUF holds.
 
     Args:
-        layer: a base layer, or an adapter over one (with disabled adapters: the base).
+        layer: a base layer, an adapter over one (with disabled adapters: the base), or latents.
 
     Returns:
         steps float16 [out, in / 32] and levels int8 [out, in].
     """
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
+    if isinstance(layer.rule, LatentRule):
+        return _of_latents(cast("LatentLinear", layer))
+    layer = cast("GridAdapter", layer)
     # Autocast would round the delta to bf16 and move codes.
     with torch.autocast(layer.get_base_layer().store.steps.device.type, enabled=False):
         blocks = _with_moved_levels(layer)
         return Q4Blocks(moved_steps(layer, blocks.steps), blocks.levels)
+
+
+def _of_latents(layer: "LatentLinear") -> Q4Blocks:
+    if layer.is_off:
+        return layer.get_base_layer().base_blocks()
+    if layer.settled is not None:
+        return layer.settled
+    if layer.rule.steps == "recomputed":
+        return encode_reference(layer.latent)
+    # A product with the reciprocal, not a quotient: eight times faster, and a decoded level still
+    # comes back, because half a level is far more than a rounding.
+    per_step = reciprocal(layer.steps).unsqueeze(-1)
+    latents = (layer.latent.unflatten(-1, (-1, BLOCK_SIZE)) * per_step).flatten(-2)
+    levels = nearest_levels_(latents).to(torch.int8)
+    if layer.step_change is None:
+        return Q4Blocks(layer.steps, levels)
+    return Q4Blocks(changed_steps(layer.steps, layer.step_change), levels)
 
 
 def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
@@ -139,8 +176,12 @@ def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
     down, up = layer.parameters_of("lora_steps_A"), layer.parameters_of("lora_steps_B")
     if down is None or up is None:
         return steps
-    factor = 1.0 + low_rank(up, down, 1.0)
-    return (steps.float() * factor).clamp_(-_FP16_MAX, _FP16_MAX).half()
+    return changed_steps(steps, low_rank(up, down, 1.0))
+
+
+def changed_steps(steps: Tensor, change: Tensor) -> Tensor:
+    """fp16(step * (1 + change)); steps float16, change float32, both [out, in / 32]."""
+    return (steps.float() * (1.0 + change)).clamp_(-_FP16_MAX, _FP16_MAX).half()
 
 
 class LowRank:
@@ -168,6 +209,6 @@ def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
         return LowRank(up, down, scale).of_rows(slice(None))
 
 
-def deployed_dense(layer: "GridLinear | GridAdapter", dtype: torch.dtype) -> Tensor:
+def deployed_dense(layer: "GridLinear | GridAdapter | LatentLinear", dtype: torch.dtype) -> Tensor:
     """The deployed weight as a dense matrix [out, in]."""
     return decode(deployed_weight(layer), dtype)

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qatlora.adapters.model import ParameterGroups
 from qatlora.config import AdapterConfig
 
 
@@ -31,6 +32,10 @@ class PlainPeft:
 
     def keep_blocks(self, keep: bool) -> None:
         """Nothing to keep: there are no blocks."""
+
+    def parameter_groups(self) -> ParameterGroups:
+        """All of them learn at the rate of the levels."""
+        return ParameterGroups([p for p in self.model.parameters() if p.requires_grad], [])
 
     @property
     def num_trainable(self) -> int:

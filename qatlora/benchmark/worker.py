@@ -114,7 +114,7 @@ class _Stand:
         self._model = adapted.model.train()
         if job.train.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = build_optimizer(self._model, job.train)
+        self._optimizer = build_optimizer(adapted, job.train)
         self._head = LmHead.of(self._model).to(job.ground.compute_dtype)
         self._settings = LossSettings(compute_dtype=job.ground.compute_dtype)
         self._vocab_size = self._head.vocab_size

@@ -37,7 +37,7 @@ class ScoreSettings:
 
     batch_tokens: int = 2048
     chunk_tokens: int = 512
-    chunk_words: int = 4096
+    chunk_words: int = 2048
     compute_dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
 

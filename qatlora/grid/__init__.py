@@ -11,7 +11,7 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, detect, explains, recover
+from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.spans import share_out, spans_of
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
@@ -35,6 +35,7 @@ __all__ = [
     "pack",
     "recover",
     "search_steps",
+    "settle",
     "share_out",
     "spans_of",
     "unpack",

@@ -30,6 +30,8 @@ from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
+_VERBATIM = ("file", "sha256", "checkpoint")
+
 
 def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     """The text of `report.md`.
@@ -67,7 +69,7 @@ def _verdict(report: RunReport) -> Iterator[str]:
     yield f"**{inline(outcome.headline)}**"
     yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
     yield "\n".join(
-        f"- {label}: {code_span(value) if label in ('file', 'sha256') else inline(value)}"
+        f"- {label}: {code_span(value) if label in _VERBATIM else inline(value)}"
         for label, value in [*facts(report), *_what_was_trained(report)]
     )
 
@@ -89,6 +91,12 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{adapter.kind}, {rank}, {adapter.rounding} steps, {dither}, "
             f"{format_large_count(adapter.trainable_parameters)} parameters in "
             f"{adapter.tensors} tensors",
+        )
+    if report.latents:
+        yield (
+            "trained weights",
+            f"{format_large_count(report.latents.trainable_parameters)} parameters in "
+            f"{report.latents.tensors} tensors, {report.latents.steps} steps",
         )
 
 
