@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "paths": set(),
     "registry": set(),
     "progress": set(),
+    "quiet": set(),
     "memory": set(),
     "grid": set(),
     "llamacpp": {"registry"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
-    "__main__": {"config", "config_rules", "pipeline"},
+    "__main__": {"config", "config_rules", "pipeline", "quiet"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 

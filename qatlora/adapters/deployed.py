@@ -19,7 +19,7 @@ Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -107,8 +107,7 @@ def deployed_weight(layer: "GridLinear | GridAdapter | LatentLinear") -> Q4Block
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
     if isinstance(layer.rule, LatentRule):
-        return _of_latents(cast("LatentLinear", layer))
-    layer = cast("GridAdapter", layer)
+        return _of_latents(layer)
     # Autocast would round the delta to bf16 and move codes.
     with torch.autocast(layer.get_base_layer().store.steps.device.type, enabled=False):
         blocks = _with_moved_levels(layer)

@@ -28,6 +28,7 @@ from qatlora.config import BenchmarkMethod, TrainConfig
 from qatlora.distill import Divergence, LmHead, LossSettings, chunked_loss
 from qatlora.evaluate import final_hidden_states
 from qatlora.memory import forget_peak_rss, peak_rss_since_forgotten, resident_bytes
+from qatlora.quiet import quiet_libraries
 from qatlora.train.run import build_optimizer
 
 FORGET_PEAK = "forget_peak"
@@ -92,6 +93,7 @@ class Failed:
 
 def serve(connection: Connection, job: Job) -> None:
     """Entry of the worker's process."""
+    quiet_libraries()
     try:
         torch.set_num_threads(job.num_threads)
         stand = _Stand(job)
