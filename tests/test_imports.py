@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
-    "preflight": {"config", "base", "distill", "llamacpp", "memory"},
+    "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory"},
     "benchmark": {
         "config",
         "grid",
@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "evaluate",
         "train",
         "memory",
+        "quiet",
     },
     "inspection": {"grid", "base"},
     "stages": None,  # stages of single recipes, part of the main path

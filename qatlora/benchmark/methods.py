@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.config import AdapterConfig, BenchmarkMethod, BenchmarkSuite
-from qatlora.report import results_benchmark
+from qatlora.report.results_benchmark import BOUND as _BOUND_NAME
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ METHODS = {
 BASELINE = BenchmarkMethod.peft_nf4
 """What speed and memory are measured against."""
 
-BOUND = BenchmarkMethod[results_benchmark.BOUND]
+BOUND = BenchmarkMethod[_BOUND_NAME]
 
 _DEFAULTS = {
     BenchmarkSuite.speed: (
