@@ -19,10 +19,10 @@ from qatlora.base.source import Source
 from qatlora.grid import (
     Q4Blocks,
     decode,
+    detect,
     encode_reference,
     latents,
     nearest_levels,
-    recover,
     search_steps,
 )
 
@@ -33,7 +33,7 @@ def on_grid_share(source: Source, layout: Layout, device: torch.device) -> float
     """Share of the trained blocks that lie on a grid in the checkpoint."""
     found = total = 0
     for name in layout.trained:
-        on_grid = recover(source.tensor(f"{name}.weight").to(device)).on_grid
+        on_grid = detect(source.tensor(f"{name}.weight").to(device))
         found, total = found + int(on_grid.sum()), total + on_grid.numel()
     return found / total
 
