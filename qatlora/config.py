@@ -32,6 +32,7 @@ STAGES = (
     "guard",
     "publish",
     "save_base",
+    "benchmark",
     "report",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
@@ -127,6 +128,35 @@ class OtherType(Enum):
     f16 = "f16"
     bf16 = "bf16"
     f32 = "f32"
+
+
+class BenchmarkSuite(Enum):
+    """What is compared: step time and memory, or what the trained adapters keep."""
+
+    speed = "speed"
+    adapters = "adapters"
+
+
+class BenchmarkMethod(Enum):
+    """A method of the benchmark; qatlora/benchmark/methods.py says what each one is."""
+
+    peft_bf16 = "peft_bf16"
+    peft_nf4 = "peft_nf4"
+    reference_q4_0 = "reference_q4_0"
+    frozen_q4_0 = "frozen_q4_0"
+    lora_q4_0 = "lora_q4_0"
+    steps_q4_0 = "steps_q4_0"
+    both_q4_0 = "both_q4_0"
+    lora_nf4 = "lora_nf4"
+    steps_nf4 = "steps_nf4"
+    both_nf4 = "both_nf4"
+
+
+class GridBy(Enum):
+    """How a base that lies on no grid is put on one: searched steps, or llama.cpp's rule."""
+
+    search = "search"
+    reference = "reference"
 
 
 class ReportTo(Enum):
@@ -320,6 +350,37 @@ class InspectConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """What the recipe `benchmark` compares, and how long it trains for it."""
+
+    suite: BenchmarkSuite = BenchmarkSuite.speed
+    methods: list[BenchmarkMethod] = field(default_factory=list)
+    """Methods to compare; empty: those of the suite."""
+    tokens_per_step: list[int] = field(default_factory=lambda: [512, 2048])
+    """speed: tokens of an optimizer step, in rows of data.max_length_tokens."""
+    rounds: int = 5
+    """speed: timed steps per method and size; in a round every method runs one step."""
+    warmup_rounds: int = 1
+    """speed: rounds before those, untimed."""
+    grid_by: GridBy = GridBy.search
+    """adapters: how a base that lies on no grid is put on one."""
+    domain: str = "tiny"
+    """adapters: text to learn: tiny, code, technical, multilingual, c4, wiki or a text file."""
+    max_steps: int = 60
+    """adapters: optimizer steps of a run."""
+    rows_per_step: int = 2
+    """adapters: rows of data.max_length_tokens per step."""
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
+    """adapters: peak rates tried on the first seed, the same number for every method."""
+    steps_rate_factor: float = 10.0
+    """adapters: the factors of the steps learn at this multiple of the rate."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """adapters: seeds of the best rate's runs; the first one also tunes."""
+    eval_tokens: int = 8192
+    """adapters: scored tokens of each held-out text at most."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and where it is logged."""
 
@@ -349,6 +410,7 @@ class RootConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     run_dir: str = "runs"

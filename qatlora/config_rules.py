@@ -47,6 +47,11 @@ _MINIMA = {
     "guard.roundtrip_same_top_min_share": 0,
     "logging.log_steps": 1,
     "seed": 0,
+    "benchmark.rounds": 1,
+    "benchmark.warmup_rounds": 0,
+    "benchmark.max_steps": 1,
+    "benchmark.rows_per_step": 1,
+    "benchmark.eval_tokens": 1,
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -59,6 +64,7 @@ _POSITIVE = (
     "train.learning_rate",
     "train.steps_learning_rate",
     "train.max_grad_norm",
+    "benchmark.steps_rate_factor",
 )
 
 
@@ -86,6 +92,8 @@ def validate(cfg: RootConfig) -> None:
     _check_train(cfg.train)
     _check_export(cfg.export)
     _check_inspect(cfg.inspect)
+    if "benchmark" in cfg.stages:
+        _check_benchmark(cfg)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -269,3 +277,30 @@ def _check_inspect(inspect: InspectConfig) -> None:
             f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
             "the checkpoint before the edit, with config.json and safetensors files."
         )
+
+
+def _check_benchmark(cfg: RootConfig) -> None:
+    settings = cfg.benchmark
+    lists = ("tokens_per_step", "learning_rates", "seeds")
+    for key in lists:
+        values = getattr(settings, key)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(
+                f"benchmark.{key}={values}: must be a list of different values, at least one. Set "
+                f"benchmark.{key} to such a list."
+            )
+    for rate in settings.learning_rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(
+                f"benchmark.learning_rates={settings.learning_rates}: each must be greater than 0. "
+                "Set them higher."
+            )
+    if min(settings.seeds) < 0:
+        raise ConfigError(f"benchmark.seeds={settings.seeds}: must be at least 0. Set them higher.")
+    for num_tokens in settings.tokens_per_step:
+        if num_tokens < 1 or num_tokens % cfg.data.max_length_tokens:
+            raise ConfigError(
+                f"benchmark.tokens_per_step={settings.tokens_per_step}: each must be a multiple of "
+                f"data.max_length_tokens={cfg.data.max_length_tokens}, the length of a row. Change "
+                "one of the two."
+            )

@@ -3,6 +3,7 @@
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
     preflight -> inspect -> report
+    preflight -> benchmark -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish.
 
@@ -47,6 +48,7 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.stages.benchmark import benchmark
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
@@ -263,6 +265,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "guard": _guard,
     "publish": _publish,
     "save_base": save_base,
+    "benchmark": benchmark,
     "report": _write_report,
 }
 

@@ -4,6 +4,7 @@ The figures are estimates from the checkpoint's config and one short measurement
 matrix product; the run's report holds what it really took.
 """
 
+import dataclasses
 import math
 import shutil
 import time
@@ -15,12 +16,13 @@ import torch
 
 from qatlora.base.layout import Layout
 from qatlora.base.source import Source
-from qatlora.config import RootConfig, Trained
+from qatlora.benchmark.methods import chosen_methods
+from qatlora.config import BenchmarkSuite, RootConfig, Trained
 from qatlora.distill import LossSettings
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 
-_BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 5.0, "bf16": 16.5}
+_BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 4.5, "bf16": 16.5}
 _IMPORTED_LIBRARIES_BYTES = 1.1e9
 _BF16_BYTES = 2
 _FP32_BYTES = 4
@@ -51,6 +53,8 @@ class Needs:
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    if "benchmark" in cfg.stages:
+        return _estimate_benchmark(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
     text = source.config.get("text_config", source.config)
@@ -70,6 +74,30 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * _BF16_BYTES
     flops = _flops(cfg, layout, hidden * vocab)
+    return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _estimate_benchmark(
+    cfg: RootConfig, source: Source, layout: Layout, device: torch.device
+) -> Needs:
+    """Suite speed holds every method at once, suite adapters one model after the other."""
+    settings, text = cfg.benchmark, source.config.get("text_config", source.config)
+    methods = len(chosen_methods(settings.suite, settings.methods))
+    dense_and_logits = 2 * layout.num_parameters * _BF16_BYTES
+    disk = layout.num_parameters * 4 * _BF16_BYTES
+    if settings.suite is BenchmarkSuite.speed:
+        rounds = settings.warmup_rounds + settings.rounds
+        tokens = methods * rounds * sum(settings.tokens_per_step)
+        largest, models, disk = max(settings.tokens_per_step), methods, _REPORT_BYTES
+    else:
+        largest, models = settings.rows_per_step * cfg.data.max_length_tokens, 1
+        trials = methods * (len(settings.learning_rates) + len(settings.seeds) - 1)
+        tokens = trials * (settings.max_steps * largest + settings.eval_tokens)
+    rows = largest // cfg.data.max_length_tokens
+    train = dataclasses.replace(cfg.train, micro_batch_rows=rows)
+    activations = _activation_bytes(dataclasses.replace(cfg, train=train), text)
+    memory = models * (_IMPORTED_LIBRARIES_BYTES + dense_and_logits + activations)
+    flops = tokens * 8.0 * layout.num_parameters
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 

@@ -25,6 +25,7 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
+    BenchmarkResult,
     CheckpointResult,
     ExportResult,
     GuardResult,
@@ -54,6 +55,7 @@ class Run:
     layout: Layout | None = None
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
+    benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     base: LoadedBase | None = None
@@ -106,6 +108,7 @@ def report_of(state: Run) -> RunReport:
         export=state.export,
         inspect=state.inspection,
         checkpoint=state.checkpoint,
+        benchmark=state.benchmark,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),

@@ -135,8 +135,9 @@ def _dense_gradients(
     for first in range(0, len(steps), tile_rows):
         rows = slice(first, first + tile_rows)
         g = (grad_y[:, rows].T @ x).float().unflatten(-1, (-1, BLOCK_SIZE))
-        tile_levels = levels[rows].unflatten(-1, (-1, BLOCK_SIZE))
-        grad_factor[rows] = (g * tile_levels).sum(-1) * steps[rows].float()
+        weighted = levels[rows].float().unflatten(-1, (-1, BLOCK_SIZE)).mul_(g)
+        grad_factor[rows] = weighted.sum(-1) * steps[rows].float()
+        del weighted  # before the next tile-sized temporary
         if moving is not None:
             moving.add(rows, g)
     level_grads = (None, None) if moving is None else (moving.grad_down, moving.grad_up)
@@ -153,8 +154,8 @@ class _LevelGradients:
         self.factor = ratio.mul_(layer.rule.scale)
 
     def add(self, rows: slice, g: Tensor) -> None:
-        """Take in g of these rows, [rows, in / 32, 32]."""
-        moved = (g * self.factor[rows].unsqueeze(-1)).flatten(-2)
+        """Take in g of these rows, [rows, in / 32, 32]; it is overwritten."""
+        moved = g.mul_(self.factor[rows].unsqueeze(-1)).flatten(-2)
         self.grad_up[rows] = moved @ self.down.T
         self.grad_down += self.up[rows].T @ moved
 

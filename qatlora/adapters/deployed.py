@@ -17,6 +17,7 @@ is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,12 @@ from qatlora.base.linear import GridLinear
 from qatlora.base.stores import reciprocal
 from qatlora.grid import (
     BLOCK_SIZE,
+    Dither,
     Q4Blocks,
     decode,
-    dither,
     encode_reference,
-    nearest_levels,
+    nearest_levels_,
+    spans_of,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from qatlora.adapters.layer import GridAdapter
 
 _FP16_MAX = 65504.0
+_MERGED_TILE_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def _of_latents(layer: "LatentLinear") -> Q4Blocks:
     # A product with the reciprocal, not a quotient: eight times faster, and a decoded level still
     # comes back, because half a level is far more than a rounding.
     per_step = reciprocal(layer.steps).unsqueeze(-1)
-    levels = nearest_levels(layer.latent.unflatten(-1, (-1, BLOCK_SIZE)) * per_step).flatten(-2)
+    latents = (layer.latent.unflatten(-1, (-1, BLOCK_SIZE)) * per_step).flatten(-2)
+    levels = nearest_levels_(latents).to(torch.int8)
     if layer.step_change is None:
         return Q4Blocks(layer.steps, levels)
     return Q4Blocks(changed_steps(layer.steps, layer.step_change), levels)
@@ -139,30 +143,31 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    dithered = rule.dither == "always" or (rule.dither == "auto" and base.store.on_grid)
-    levels = []
-    for rows, latents in base.store.latent_tiles():
-        per_step = reciprocal(base.store.steps[rows]).unsqueeze(-1)
-        delta = low_rank(up[rows], down, rule.scale).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step)
+    store = base.store
+    dithered = rule.dither == "always" or (rule.dither == "auto" and store.on_grid)
+    noise = Dither(rule.seed, base.tensor_name)
+    product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps).unsqueeze(-1)
+    levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
+
+    def move(rows: slice, latents: Tensor) -> None:
+        delta = product.of_rows(rows).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step[rows])
         moved = latents.add_(delta.flatten(-2))
         if dithered:
-            moved += dither(
-                rule.seed, base.tensor_name, moved.shape, start_row=rows.start, device=moved.device
-            )
-        levels.append(nearest_levels(moved))
-    return Q4Blocks(base.store.steps, torch.cat(levels))
+            noise.add_to(moved, rows.start)
+        levels[rows] = nearest_levels_(moved)
+
+    store.for_each_tile(move)
+    return Q4Blocks(store.steps, levels)
 
 
 def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """llama.cpp's rule on base + delta, in float32; it chooses new steps."""
-    tiles = []
-    for rows, latents in base.store.latent_tiles():
+    product, merged = LowRank(up, down, rule.scale), base.store.latents()
+    for rows in spans_of(len(merged), max(1, _MERGED_TILE_WEIGHTS // merged.shape[-1])):
         wide_steps = base.store.steps[rows].float().unsqueeze(-1)
-        weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
-        tiles.append(encode_reference(weight.add_(low_rank(up[rows], down, rule.scale))))
-    return Q4Blocks(
-        torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
-    )
+        merged[rows].unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps)
+        merged[rows].add_(product.of_rows(rows))
+    return encode_reference(merged)
 
 
 def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
@@ -178,14 +183,29 @@ def changed_steps(steps: Tensor, change: Tensor) -> Tensor:
     return (steps.float() * (1.0 + change)).clamp_(-_FP16_MAX, _FP16_MAX).half()
 
 
-def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Scale * (up @ down), float32 [rows, width], the same on every machine.
+class LowRank:
+    """Scale * (up @ down), the same on every machine, tile by tile of its rows.
 
     The order of a float32 sum changes about half of the last bits and with them some codes, so the
     sum runs in float64 and is rounded once: two orders then agree but for one value in 2^28.
     """
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float) -> None:
+        """Take the factors up [out, r] and down [r, width]."""
+        self._up, self._down, self._scale = up.double(), down.double(), scale
+        if math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied in
+            self._up, self._scale = self._up * scale, 1.0
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """The product's rows, float32 [rows, width]; autocast must be off."""
+        product = self._up[rows] @ self._down
+        return (product if self._scale == 1 else product.mul_(self._scale)).float()
+
+
+def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """The whole of a `LowRank` product, float32 [out, width]."""
     with torch.autocast(up.device.type, enabled=False):
-        return (up.double() @ down.double()).mul_(scale).float()
+        return LowRank(up, down, scale).of_rows(slice(None))
 
 
 def deployed_dense(layer: "GridLinear | GridAdapter | LatentLinear", dtype: torch.dtype) -> Tensor:

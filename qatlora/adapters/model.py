@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.deployed import AdapterRule, LatentRule, deployed_weight
 from qatlora.adapters.latent_layer import LatentLinear
@@ -95,6 +95,11 @@ class GridModel(ABC):
         for _, layer in self.layers():
             if isinstance(layer, LatentLinear):
                 layer.settled = settle(deployed_weight(layer))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return self.base.tokenizer
 
     @property
     def num_trainable(self) -> int:

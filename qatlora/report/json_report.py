@@ -47,6 +47,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "export": parts.pop("export"),
         "inspect": parts.pop("inspect"),
         "checkpoint": parts.pop("checkpoint"),
+        "benchmark": parts.pop("benchmark"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

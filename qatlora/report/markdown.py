@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
+from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.formatting import (
@@ -42,6 +44,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     sections = [
         ("", _verdict(report)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -101,6 +104,13 @@ def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.inspect is not None:
         yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
         yield from inspect_tables(report.inspect)
+
+
+def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.benchmark is not None:
+        yield from benchmark_tables(report.benchmark)
+        yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
+        yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:

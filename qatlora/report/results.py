@@ -7,6 +7,8 @@ Units stand in the names or here: losses and KLD in nats per token, perplexity =
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatlora.report.results_benchmark import BenchmarkResult
+
 SCHEMA_VERSION = 1
 
 # Names of the evaluation texts and of the models that are compared on them.
@@ -264,6 +266,7 @@ class RunReport:
     export: ExportResult | None = None
     inspect: InspectResult | None = None
     checkpoint: CheckpointResult | None = None
+    benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

@@ -5,14 +5,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from qatlora.adapters.model import GridModel
+from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.errors import TrainError
@@ -29,8 +29,30 @@ _FUSED_FROM = 1 << 24
 OnStep = Callable[[int], None]
 
 
+class Trainable(Protocol):
+    """What can be trained: a `GridModel`, or another tool's adapters to compare with."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The PEFT model; its trainable parameters are trained."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+
+    def parameter_groups(self) -> ParameterGroups:
+        """The trainable parameters by what they move."""
+
+    def keep_blocks(self, keep: bool) -> None:
+        """Keep deployed blocks from the forward to the backward pass, or not."""
+
+
 def train(
-    adapted: GridModel,
+    adapted: Trainable,
     rows: list[Row],
     objective: Objective,
     settings: TrainConfig,
@@ -56,10 +78,10 @@ def train(
         model=adapted.model,
         args=_arguments(settings, logging, run_dir, seed, bf16=bf16),
         train_dataset=Dataset.from_list([training_record(row) for row in rows]),
-        data_collator=RowCollator(_pad_token_id(adapted)),
-        processing_class=adapted.base.tokenizer,
+        data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
+        processing_class=adapted.tokenizer,
         callbacks=[log],
-        optimizers=(_optimizer(adapted, settings), None),
+        optimizers=(build_optimizer(adapted, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
     start = time.monotonic()
@@ -127,7 +149,7 @@ def last_checkpoint(folder: Path) -> Path:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _optimizer(adapted: GridModel, settings: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(adapted: Trainable, settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate for the levels and one for the steps."""
     groups = adapted.parameter_groups()
     rated = ((groups.levels, settings.learning_rate), (groups.steps, settings.steps_learning_rate))
@@ -139,8 +161,7 @@ def _optimizer(adapted: GridModel, settings: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _pad_token_id(adapted: GridModel) -> int:
-    tokenizer = adapted.base.tokenizer
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
