@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora import __version__, progress
 from qatlora.adapters.attach import AdaptedModel
+from qatlora.adapters.latents import LatentModel
+from qatlora.adapters.model import GridModel
 from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches
-from qatlora.evaluate import ReferenceStates
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.llamacpp.source import llama_cpp_version
@@ -24,9 +25,12 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
+    BenchmarkResult,
+    CheckpointResult,
     ExportResult,
     GuardResult,
     InspectResult,
+    LatentsResult,
     LayerChange,
     RunReport,
     Sample,
@@ -51,14 +55,14 @@ class Run:
     layout: Layout | None = None
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
+    benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
-    adapted: AdaptedModel | None = None
+    adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
-    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
     answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
     changes: list[LayerChange] = field(default_factory=list)
     num_changed: int = 0
@@ -66,6 +70,7 @@ class Run:
     candidate: Candidate | None = None
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
 
     def bar(self, name: str, total: int, unit: str) -> Any:
@@ -95,12 +100,15 @@ def report_of(state: Run) -> RunReport:
     return RunReport(
         recipe=state.cfg.card.name,
         base=_base_result(state),
-        adapter=_adapter_result(adapted) if adapted else None,
+        adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
+        latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
         export=state.export,
         inspect=state.inspection,
+        checkpoint=state.checkpoint,
+        benchmark=state.benchmark,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
@@ -133,6 +141,14 @@ def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
         dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
         trainable_parameters=adapted.num_trainable,
         tensors=len(adapted.base.trained),
+    )
+
+
+def _latents_result(latents: LatentModel) -> LatentsResult:
+    return LatentsResult(
+        steps=latents.rule.steps,
+        trainable_parameters=latents.num_trainable,
+        tensors=len(latents.base.trained),
     )
 
 

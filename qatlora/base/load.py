@@ -99,7 +99,10 @@ def load_base(
             f"thrown the grid away that {kind} would keep. Use storage=nf4, or give the bf16 "
             "checkpoint."
         )
-    model = _load_model(source, device, layout if kind == "nf4" else None)
+    if kind == "nf4":
+        model = load_nf4(source, layout, device)
+    else:
+        model = _from_pretrained(source.folder, device, dtype=torch.bfloat16)
     digest = hashlib.sha256()
     num_on_grid = num_blocks = 0
     for name in layout.grid:
@@ -114,7 +117,6 @@ def load_base(
             num_blocks += recovered.on_grid.numel()
         if on_layer:
             on_layer(1)
-    _forget_quantizer(model)
     return LoadedBase(
         name=source.name,
         model=model,
@@ -127,6 +129,38 @@ def load_base(
         num_parameters=layout.num_parameters,
         digest=digest.hexdigest(),
     )
+
+
+def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
+    """The frozen transformers model with exactly the modules `layout.nf4` as Linear4bit.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or made other modules NF4.
+    """
+    quantizer = None if source.nf4_modules else _nf4_config(layout.not_nf4)
+    model = _from_pretrained(
+        source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
+    )
+    from bitsandbytes.nn import Linear4bit
+
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
+    unquantized = [name for name in layout.nf4 if name not in linears]
+    unquantized += [name for name, linear in linears.items() if linear.weight.quant_state is None]
+    if set(linears) != set(layout.nf4) or unquantized:
+        raise CheckpointError(
+            f"After loading, {len(linears)} modules of {source.folder} are NF4 where "
+            f"{len(layout.nf4)} were asked for (for example "
+            f"{(unquantized or sorted(set(linears) - set(layout.nf4)))[0]}). This is a mismatch of "
+            "the installed transformers and bitsandbytes: use constraints.txt."
+        )
+    for linear in linears.values():
+        # Else a forward without gradients repacks the weight in place on some CPUs, and what
+        # dequantizes it later reads garbage (bitsandbytes 0.50).
+        linear.support_avx512bf16_for_cpu = False
+    _forget_quantizer(model)
+    return model
 
 
 def load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -152,29 +186,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{str(problem).splitlines()[0]}). Copy tokenizer.json and tokenizer_config.json of "
             "the original model into it."
         ) from problem
-
-
-def _load_model(source: Source, device: torch.device, nf4: Layout | None) -> PreTrainedModel:
-    """The transformers model in bf16, with exactly the modules `nf4.nf4` as Linear4bit."""
-    if nf4 is None:
-        return _from_pretrained(source.folder, device, dtype=torch.bfloat16)
-    quantizer = None if source.nf4_modules else _nf4_config(nf4.not_nf4)
-    model = _from_pretrained(
-        source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
-    )
-    from bitsandbytes.nn import Linear4bit
-
-    found = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    unquantized = [name for name in nf4.nf4 if name not in found]
-    unquantized += [name for name in found if model.get_submodule(name).weight.quant_state is None]
-    if found != set(nf4.nf4) or unquantized:
-        raise CheckpointError(
-            f"After loading, {len(found)} modules of {source.folder} are NF4 where {len(nf4.nf4)} "
-            f"were asked for (for example {(unquantized or sorted(found - set(nf4.nf4)))[0]}). "
-            "This is a mismatch of the installed transformers and bitsandbytes: use "
-            "constraints.txt."
-        )
-    return model
 
 
 def _nf4_config(skipped: tuple[str, ...]) -> BitsAndBytesConfig:
@@ -229,7 +240,7 @@ def _store(kind: str, linear: nn.Module, recovered: Recovered, *, on_grid: bool)
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Drop the marks of bitsandbytes: no Linear4bit is left, and Trainer and TRL act on them."""
+    """Drop the marks of bitsandbytes, on which Trainer and TRL act (adapters cast to bf16)."""
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             delattr(model, attribute)

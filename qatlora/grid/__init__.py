@@ -1,23 +1,26 @@
 """Q4_0: encode, decode, recover, search steps, dither, round. Needs torch alone."""
 
-from qatlora.grid.dither import dither
+from qatlora.grid.dither import Dither, dither
 from qatlora.grid.format import (
     decode,
     digest,
     encode_reference,
     latents,
     nearest_levels,
+    nearest_levels_,
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, detect, explains, recover
+from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
+from qatlora.grid.spans import share_out, spans_of
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
     "BLOCK_SIZE",
     "LEVEL_MAX",
     "LEVEL_MIN",
+    "Dither",
     "Q4Blocks",
     "Recovered",
     "decode",
@@ -28,8 +31,12 @@ __all__ = [
     "explains",
     "latents",
     "nearest_levels",
+    "nearest_levels_",
     "pack",
     "recover",
     "search_steps",
+    "settle",
+    "share_out",
+    "spans_of",
     "unpack",
 ]

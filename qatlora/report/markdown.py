@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
+from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.formatting import (
@@ -28,6 +30,8 @@ from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
+_VERBATIM = ("file", "sha256", "checkpoint")
+
 
 def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     """The text of `report.md`.
@@ -40,6 +44,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     sections = [
         ("", _verdict(report)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -64,7 +69,7 @@ def _verdict(report: RunReport) -> Iterator[str]:
     yield f"**{inline(outcome.headline)}**"
     yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
     yield "\n".join(
-        f"- {label}: {code_span(value) if label in ('file', 'sha256') else inline(value)}"
+        f"- {label}: {code_span(value) if label in _VERBATIM else inline(value)}"
         for label, value in [*facts(report), *_what_was_trained(report)]
     )
 
@@ -87,12 +92,25 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{format_large_count(adapter.trainable_parameters)} parameters in "
             f"{adapter.tensors} tensors",
         )
+    if report.latents:
+        yield (
+            "trained weights",
+            f"{format_large_count(report.latents.trainable_parameters)} parameters in "
+            f"{report.latents.tensors} tensors, {report.latents.steps} steps",
+        )
 
 
 def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.inspect is not None:
         yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
         yield from inspect_tables(report.inspect)
+
+
+def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.benchmark is not None:
+        yield from benchmark_tables(report.benchmark)
+        yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
+        yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:

@@ -24,6 +24,12 @@ from qatlora.report.axes import (
     new_panels,
     whole_numbers,
 )
+from qatlora.report.benchmark_plot import (
+    FORGETTING_PLOT,
+    SPEED_PLOT,
+    forgetting_figure,
+    speed_figure,
+)
 from qatlora.report.changes import KindChange, changes_by_kind
 from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
@@ -56,6 +62,8 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         KLD_PLOT: kld_figure(report.texts),
         CHANGES_PLOT: changes_figure(changes_by_kind(report.changes)),
         INSPECT_PLOT: inspect_figure(report.inspect),
+        SPEED_PLOT: speed_figure(report.benchmark),
+        FORGETTING_PLOT: forgetting_figure(report.benchmark),
     }
     for name, figure in figures.items():
         if figure is None:

@@ -7,11 +7,15 @@ Units stand in the names or here: losses and KLD in nats per token, perplexity =
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatlora.report.results_benchmark import BenchmarkResult
+
 SCHEMA_VERSION = 1
 
 # Names of the evaluation texts and of the models that are compared on them.
 TEXTS = ("task", "general")
 MODELS = ("base", "trained", "merged")
+# Measured by some recipes only: llama.cpp's own Q4_0 of the bf16 weights.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class AdapterResult:
     alpha: float
     rounding: str
     dither: bool
+    trainable_parameters: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class LatentsResult:
+    """Weights that were trained themselves: where their steps come from, and how many they are."""
+
+    steps: str
     trainable_parameters: int
     tensors: int
 
@@ -121,8 +134,18 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
+class CheckpointResult:
+    """A HF folder on its grid; `differing_blocks`: recovered otherwise than they were deployed."""
+
+    path: str
+    bytes: int
+    on_grid_share: float
+    differing_blocks: int
+
+
+@dataclass(frozen=True)
 class LayerChange:
-    """Shares of one tensor's levels and steps that the adapter changed."""
+    """Shares of one tensor's levels and steps that training changed."""
 
     tensor: str
     levels_changed: float
@@ -236,11 +259,14 @@ class RunReport:
     recipe: str
     base: BaseResult
     adapter: AdapterResult | None = None
+    latents: LatentsResult | None = None
     train: TrainResult | None = None
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    checkpoint: CheckpointResult | None = None
+    benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

@@ -53,6 +53,11 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines.append(("file", report.export.path))
         lines.append(("size", f"{size}, tensors: {types}" if types else size))
         lines.append(("sha256", report.export.sha256))
+    if report.checkpoint:
+        lines.append(("checkpoint", report.checkpoint.path))
+        share = format_share(report.checkpoint.on_grid_share)
+        differing = format_figure(report.checkpoint.differing_blocks)
+        lines.append(("on its grid", f"{share} of the blocks; recovered otherwise: {differing}"))
     for text, results in report.texts.items():
         final = next((name for name in ("merged", "trained") if name in results), None)
         if "base" in results and final:
