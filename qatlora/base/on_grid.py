@@ -26,8 +26,6 @@ from qatlora.grid import (
     search_steps,
 )
 
-ON_GRID_SHARE = 0.99
-
 
 def on_grid_share(source: Source, layout: Layout, device: torch.device) -> float:
     """Share of the trained blocks that lie on a grid in the checkpoint."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from qatlora import progress
 from qatlora.base.layout import find_layout
-from qatlora.base.load import load_base, load_tokenizer
-from qatlora.base.on_grid import ON_GRID_SHARE, on_grid_share, rounded_folder
+from qatlora.base.load import ON_GRID_SHARE, load_base, load_tokenizer
+from qatlora.base.on_grid import on_grid_share, rounded_folder
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
 from qatlora.benchmark.adapters import Records, num_trials, run_all, summarize
