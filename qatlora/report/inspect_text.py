@@ -144,7 +144,8 @@ def _if_off_grid(result: InspectResult) -> Iterator[str]:
     )
     yield (
         "storage=nf4 or bf16 keeps the fraction of every level, which an adapter is rounded "
-        "together with; storage=q4_0 rounds the base before training."
+        "together with; storage=q4_0 rounds the base before training; recipe=qat_distill trains it "
+        "onto a grid."
     )
 
 
