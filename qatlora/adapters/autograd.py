@@ -183,7 +183,8 @@ class LatentProduct(torch.autograd.Function):
         blocks = deployed_weight(layer) if ctx.blocks is None else ctx.blocks
         grad_y = grad_y.to(x.dtype)
         grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
-        g = (grad_y.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        # Of a transposed left factor a CPU makes the product at half the speed of one in order.
+        g = (grad_y.flatten(0, -2).T.contiguous() @ x.flatten(0, -2)).float()
         g_blocks = g.unflatten(-1, (-1, BLOCK_SIZE))
         g_blocks[layer.zero_blocks.unbind(-1)] = 0.0
         grad_change = None

@@ -17,7 +17,9 @@ CPU_SPAN_BLOCKS = 8192
 ACCELERATOR_SPAN_BLOCKS = 1 << 18
 
 
-def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice], None]) -> None:
+def for_each_span(
+    num_blocks: int, device: torch.device, work: Callable[[slice], None], copies: int = 1
+) -> None:
     """Call ``work``, without gradients, for consecutive slices that cover ``range(num_blocks)``.
 
     Args:
@@ -25,9 +27,10 @@ def for_each_span(num_blocks: int, device: torch.device, work: Callable[[slice],
         device: where the tensors live; decides the length of a span and the threads.
         work: called with a slice of blocks, on a CPU from several threads at once, so it may
             write only to its own slice of the results.
+        copies: how many copies of its blocks ``work`` makes; spans are so much shorter.
     """
     length = CPU_SPAN_BLOCKS if device.type == "cpu" else ACCELERATOR_SPAN_BLOCKS
-    share_out(spans_of(num_blocks, length), device, work)
+    share_out(spans_of(num_blocks, length // copies), device, work)
 
 
 def spans_of(number: int, length: int) -> list[slice]:
