@@ -18,6 +18,7 @@ from qatlora.config import (
     ExportConfig,
     RootConfig,
     Rounding,
+    Storage,
     TeacherKind,
     TrainConfig,
 )
@@ -36,6 +37,7 @@ _MINIMA = {
     "train.save_steps": 1,
     "evaluate.tokens_per_chunk": 1,
     "evaluate.sample_max_new_tokens": 1,
+    "build.max_new_tokens": 1,
     "guard.identity_max_differing_blocks": 0,
     "guard.effect_min_standard_errors": 0,
     "guard.roundtrip_kld_mean_max_nats": 0,
@@ -55,6 +57,7 @@ _POSITIVE = (
     "train.learning_rate",
     "train.steps_learning_rate",
     "train.max_grad_norm",
+    "build.max_shard_gb",
 )
 
 
@@ -80,6 +83,7 @@ def validate(cfg: RootConfig) -> None:
     _check_losses(cfg)
     _check_train(cfg.train)
     _check_export(cfg.export)
+    _check_build(cfg)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -227,4 +231,19 @@ def _check_export(export: ExportConfig) -> None:
         raise ConfigError(
             f"export.file_name={name}: a file name inside the run folder that ends in .gguf. "
             "Give a plain name; the folder is set by run_dir."
+        )
+
+
+def _check_build(cfg: RootConfig) -> None:
+    if "build" not in cfg.stages:
+        return
+    if cfg.storage.kind is Storage.bf16:
+        raise ConfigError(
+            "storage=bf16 with a build: there is nothing to build, the checkpoint is bf16. Use "
+            "recipe=q4_0_build or recipe=nf4_build as they are."
+        )
+    if cfg.build.path is not None and Path(cfg.build.path).exists():
+        raise ConfigError(
+            f"build.path={cfg.build.path}: exists already, and a build never replaces a folder. "
+            "Remove it or give another path."
         )

@@ -41,6 +41,7 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.stages.build import build
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -102,13 +103,20 @@ def _load_base(state: Run) -> None:
 
 
 def _load_teacher(state: Run) -> PreTrainedModel:
-    path = state.cfg.teacher.path
-    if path is None and state.source.nf4_modules:
+    path, source = state.cfg.teacher.path, state.source
+    if path is None and source.nf4_modules:
         raise ConfigError(
-            f"{state.source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
+            f"{source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
             "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
         )
-    folder = state.source.folder if path is None else Path(path)
+    if path is None and source.packed_modules and not state.base.on_grid:
+        raise ConfigError(
+            f"{source.folder} is a packed Q4_0 build of weights that lay on no grid "
+            f"(on_grid_share {source.record.on_grid_share:.2%}), so their bf16 values are gone and "
+            "the base would be its own teacher. Give teacher.path=FOLDER of the bf16 checkpoint, "
+            "or train without one (teacher=none)."
+        )
+    folder = source.folder if path is None else Path(path)
     if path is not None and load_tokenizer(folder).get_vocab() != state.tokenizer.get_vocab():
         raise ConfigError(
             f"The teacher in {folder} has another vocabulary than the base, and probabilities of "
@@ -232,6 +240,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "build": build,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,

@@ -13,7 +13,7 @@ import torch
 
 from qatlora.base.layout import Layout
 from qatlora.base.source import Source
-from qatlora.config import RootConfig
+from qatlora.config import RootConfig, Storage
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 
@@ -23,6 +23,9 @@ _BF16_BYTES = 2
 _FP32_BYTES = 4
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
+# A tensor that is being built: as stored, its levels and packed blocks, what they decode to.
+_BUILD_BYTES_PER_WEIGHT = 8
+_BUILD_WEIGHTS_PER_SECOND = 2e7
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Needs:
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    if "build" in cfg.stages:
+        return _estimate_build(cfg, layout)
     text = source.config.get("text_config", source.config)
     hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
     others = layout.num_parameters - layout.num_grid_weights
@@ -47,6 +52,18 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * _BF16_BYTES)
     flops = _flops(cfg, layout, hidden * vocab)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
+    """A build streams: one shard, the tensors at work and, for NF4, the model that is saved."""
+    others = layout.num_parameters - layout.num_grid_weights
+    bits = _BITS_PER_WEIGHT[cfg.storage.kind.name]
+    built = layout.num_grid_weights * bits / 8 + others * _BF16_BYTES
+    memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
+    memory += layout.max_grid_weights * _BUILD_BYTES_PER_WEIGHT
+    if cfg.storage.kind is Storage.nf4:
+        memory += built
+    return Needs(memory, built, layout.num_grid_weights / _BUILD_WEIGHTS_PER_SECOND)
 
 
 def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:

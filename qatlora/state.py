@@ -24,6 +24,7 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
+    BuildResult,
     ExportResult,
     GuardResult,
     LayerChange,
@@ -50,6 +51,8 @@ class Run:
     layout: Layout | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
+    build: BuildResult | None = None
+    base_result: BaseResult | None = None  # of a recipe that loads no base
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
     adapted: AdaptedModel | None = None
@@ -91,9 +94,8 @@ def report_of(state: Run) -> RunReport:
     ]
     return RunReport(
         recipe=state.cfg.card.name,
-        base=BaseResult(
-            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
-        ),
+        base=state.base_result if base is None else _base_result(base),
+        build=state.build,
         adapter=_adapter_result(adapted) if adapted else None,
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
@@ -108,6 +110,10 @@ def report_of(state: Run) -> RunReport:
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         settings=dataclasses.asdict(state.cfg),
     )
+
+
+def _base_result(base: LoadedBase) -> BaseResult:
+    return BaseResult(base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest)
 
 
 def _adapter_result(adapted: AdaptedModel) -> AdapterResult:

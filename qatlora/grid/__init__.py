@@ -2,6 +2,7 @@
 
 from qatlora.grid.dither import dither
 from qatlora.grid.format import (
+    BLOCK_BYTES,
     decode,
     digest,
     encode_reference,
@@ -12,10 +13,12 @@ from qatlora.grid.format import (
 )
 from qatlora.grid.recover import Recovered, explains, recover
 from qatlora.grid.search import search_steps
-from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
+from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
+    "BLOCK_BYTES",
     "BLOCK_SIZE",
+    "GRID_VERSION",
     "LEVEL_MAX",
     "LEVEL_MIN",
     "Q4Blocks",

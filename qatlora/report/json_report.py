@@ -38,6 +38,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "schema_version": parts.pop("schema_version"),
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
+        "build": parts.pop("build"),
         "adapter": parts.pop("adapter"),
         "train": parts.pop("train"),
         "perplexity": _by_text_and_model(report, lambda result: result.perplexity),

@@ -61,9 +61,12 @@ def _verdict(report: RunReport) -> Iterator[str]:
     yield f"**{inline(outcome.headline)}**"
     yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
     yield "\n".join(
-        f"- {label}: {code_span(value) if label in ('file', 'sha256') else inline(value)}"
+        f"- {label}: {code_span(value) if label in _CODE else inline(value)}"
         for label, value in [*facts(report), *_what_was_trained(report)]
     )
+
+
+_CODE = ("file", "folder", "sha256", "digest as a base")
 
 
 def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,26 @@ class BaseResult:
 
 
 @dataclass(frozen=True)
+class BuildResult:
+    """A built folder, in the layout of `storage` (q4_0 or nf4).
+
+    `bytes` and `source_bytes` are those of the safetensors files; `modules` counts the quantized
+    linears per layer kind; `relative_error` is theirs against the source; an NF4 build was loaded
+    again and wrote `continuation` after `prompt`.
+    """
+
+    path: str
+    storage: str
+    bytes: int
+    source_bytes: int
+    modules: dict[str, int]
+    relative_error: float
+    source_digest: str
+    prompt: str | None = None
+    continuation: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterResult:
     """The adapter's rule and size."""
 
@@ -148,6 +168,7 @@ class RunReport:
 
     recipe: str
     base: BaseResult
+    build: BuildResult | None = None
     adapter: AdapterResult | None = None
     train: TrainResult | None = None
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
