@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qatlora import __version__, files, preflight, progress
 from qatlora.adapters.attach import adapter_rule, attach, changed_share
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
-from qatlora.base.layout import find_layout
+from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_plain, load_tokenizer
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
@@ -208,7 +208,7 @@ def _guard(state: Run) -> None:
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
     with state.adapted.held_weights(state.dtype):
         self_kld = evaluation.self_kld_max(state.adapted.model)
-    config = AutoConfig.from_pretrained(state.source.folder)
+    config = plain_config(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
     _measure(state, "merged", merged)
     roundtrip = _divergence(state, "before/after", merged)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from loaded_cases import built_folder, on_grid_folder
 
 from qatlora import pipeline
 from qatlora.config import AdapterKind, DataKind, RootConfig, Rounding, Storage, TeacherKind
-from qatlora.errors import AdapterError, GuardFailed
+from qatlora.errors import AdapterError, ConfigError, GuardFailed
 from qatlora.report.json_report import load_schema
 
 STAGES = [
@@ -136,6 +137,51 @@ def test_training_without_a_teacher_skips_the_drift_gate(
     assert report.guard is not None
     assert {gate.name: gate.status for gate in report.guard.gates}["drift"] == "skipped"
     assert report.texts["task"]["merged"].kld is None
+
+
+@pytest.mark.llama_cpp
+def test_an_adapter_trained_on_a_packed_build_is_exported_from_its_source_alike(
+    tiny_gemma3_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    on_grid_folder(tiny_gemma3_folder, tmp_path / "bf16")
+    built_folder(tmp_path / "bf16", tmp_path / "packed", "q4_0")
+    cfg = settings(tmp_path / "packed", files, tmp_path / "first")
+    cfg.storage.kind = Storage.q4_0
+    first = pipeline.run(cfg)
+    again = settings(tmp_path / "bf16", files, tmp_path / "again")
+    again.storage.kind = Storage.q4_0
+    again.stages = [name for name in STAGES if name not in ("train", "save_adapter")]
+    again.adapter.path = str(tmp_path / "first" / "adapter")
+    second = pipeline.run(again)
+    assert first.base == second.base
+    assert first.guard.passed
+    assert first.texts["task"] == second.texts["task"]  # its teacher, too: it is on the grid
+    assert first.texts["task"]["merged"].kld is not None
+
+
+@pytest.mark.llama_cpp
+def test_an_nf4_build_is_trained_and_published(
+    tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "nf4", "nf4")
+    cfg = settings(tmp_path / "nf4", files, tmp_path / "run")
+    cfg.teacher.path = str(tiny_llama_folder)
+    report = pipeline.run(cfg)
+    assert report.guard.passed
+    assert report.texts["task"]["merged"] == report.texts["task"]["trained"]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_a_build_that_has_no_bf16_values_any_more_is_no_teacher(
+    kind: str, tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "build", kind)
+    cfg = settings(tmp_path / "build", files, tmp_path / "run")
+    cfg.storage.kind = Storage[kind]
+    with pytest.raises(
+        ConfigError, match="teacher.path=FOLDER of the bf16 checkpoint.*teacher=none"
+    ):
+        pipeline.run(cfg)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(

@@ -1,10 +1,11 @@
 """What the three lists of an architecture select in one checkpoint, before a weight is read."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
 from qatlora.base.source import Source
@@ -46,7 +47,7 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
             build quantizes other modules than the lists say.
     """
     lists = tensor_lists(source.model_type, settings.trained)
-    config = AutoConfig.from_pretrained(source.folder)
+    config = plain_config(source.folder)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     trained = matching_linears(skeleton, lists.trained)
@@ -72,6 +73,14 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
         num_grid_weights=sum(sizes),
         max_grid_weights=max(sizes),
     )
+
+
+def plain_config(folder: Path) -> PreTrainedConfig:
+    """The configuration without marks of quantization, on which transformers would act."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _require_same_nf4(source: Source, wanted: set[str]) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import accelerate
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from qatlora.base.layout import plain_config
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
 from qatlora.grid import Q4Blocks, decode, unpack
@@ -44,11 +45,11 @@ def model_without_packed(
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape.
     """
-    config = AutoConfig.from_pretrained(source.folder)
-    del config.quantization_config  # a marker for others; transformers would warn about it
+    config = plain_config(source.folder)
     # Parameters on meta, but buffers (rotary frequencies, scales of embeddings) as computed.
     with accelerate.init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # that hook has given tied parameters copies of their own
     others = dict(_other_tensors(source, device, dtype))
     _require_fit(source, model, others)
     model.load_state_dict(others, strict=False, assign=True)
