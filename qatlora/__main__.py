@@ -8,11 +8,9 @@ shown only with QATLORA_TRACEBACK=1.
 
 import contextlib
 import errno
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,25 +26,11 @@ from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config_rules import closest, validate
 from qatlora.errors import ConfigError, QatloraError
 from qatlora.paths import shipped
+from qatlora.quiet import quiet_libraries
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
 _INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
 _ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
-_QUIET = {
-    "BITSANDBYTES_NOWELCOME": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # else it warns whenever a tool is started
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-}
-_CHATTY_LOGGERS = (
-    "bitsandbytes.backends.cpu.ops",  # offers a kernel from the hub at the first CPU forward
-    "filelock",
-    "httpx",
-    "torch.distributed.elastic.multiprocessing.redirects",
-)
 
 _HELP = """\
 Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -66,7 +50,7 @@ Hydra's own flags: --hydra-help."""
 
 def main() -> None:
     """Run one recipe, or a sweep of it; always ends in `SystemExit` when something failed."""
-    _quiet_libraries()
+    quiet_libraries()
     arguments = [_expand_home(argument) for argument in sys.argv[1:]]
     sys.argv[1:] = arguments  # Hydra reads them there
     try:
@@ -83,17 +67,6 @@ def main() -> None:
         if explained is None:
             raise
         _fail(*explained)
-
-
-def _quiet_libraries() -> None:
-    """The one place that silences other libraries; their warnings still come through."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Renamed arguments inside other libraries: nothing that a person who trains can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
-    for name in _CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _expand_home(argument: str) -> str:
@@ -136,7 +109,7 @@ def _run_hydra() -> None:
     failures: list[QatloraError | OSError] = []
 
     def task(cfg: DictConfig) -> None:
-        _quiet_libraries()  # a launcher may have moved the job into a process of its own
+        quiet_libraries()  # a launcher may have moved the job into a process of its own
         try:
             _run_pipeline(cfg)
         except (QatloraError, OSError) as error:

@@ -19,17 +19,21 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
+    "inspect",
     "build",
     "load_data",
     "load_base",
     "attach",
     "evaluate_base",
+    "evaluate_reference",
     "train",
     "save_adapter",
     "evaluate_trained",
     "write_candidate",
     "guard",
     "publish",
+    "save_base",
+    "benchmark",
     "report",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
@@ -88,6 +92,28 @@ class TeacherKind(Enum):
     none = "none"
 
 
+class Trained(Enum):
+    """What training changes: low-rank adapters over a fixed base, or the base's weights."""
+
+    adapters = "adapters"
+    weights = "weights"
+
+
+class LatentSteps(Enum):
+    """Steps of trained weights: fixed at the start, llama.cpp's rule on them, or trained too."""
+
+    frozen = "frozen"
+    recomputed = "recomputed"
+    learned = "learned"
+
+
+class Effect(Enum):
+    """What a run must have improved: the held-out chats' loss, or the KLD to the teacher."""
+
+    task_loss = "task_loss"
+    teacher_kld = "teacher_kld"
+
+
 class LrScheduler(Enum):
     """Course of the learning rate after the warm-up."""
 
@@ -103,6 +129,35 @@ class OtherType(Enum):
     f16 = "f16"
     bf16 = "bf16"
     f32 = "f32"
+
+
+class BenchmarkSuite(Enum):
+    """What is compared: step time and memory, or what the trained adapters keep."""
+
+    speed = "speed"
+    adapters = "adapters"
+
+
+class BenchmarkMethod(Enum):
+    """A method of the benchmark; qatlora/benchmark/methods.py says what each one is."""
+
+    peft_bf16 = "peft_bf16"
+    peft_nf4 = "peft_nf4"
+    reference_q4_0 = "reference_q4_0"
+    frozen_q4_0 = "frozen_q4_0"
+    lora_q4_0 = "lora_q4_0"
+    steps_q4_0 = "steps_q4_0"
+    both_q4_0 = "both_q4_0"
+    lora_nf4 = "lora_nf4"
+    steps_nf4 = "steps_nf4"
+    both_nf4 = "both_nf4"
+
+
+class GridBy(Enum):
+    """How a base that lies on no grid is put on one: searched steps, or llama.cpp's rule."""
+
+    search = "search"
+    reference = "reference"
 
 
 class ReportTo(Enum):
@@ -187,6 +242,8 @@ class DataConfig:
     """Scored tokens of each held-out text at most."""
     replay_rows_per_step: int = 1
     """How many of a step's rows are general text, for its KL term."""
+    replay_mix: dict[str, float] = field(default_factory=dict)
+    """Texts of those rows (as in general) and their weights; empty: general alone."""
     num_prompts: int = 3
     """Held-out user turns answered before and after training."""
 
@@ -208,14 +265,23 @@ class TeacherConfig:
 
 
 @dataclass
+class DistillConfig:
+    """What is trained, and how trained weights reach the grid."""
+
+    train: Trained = Trained.adapters
+    steps: LatentSteps = LatentSteps.frozen
+    """Where the steps of trained weights come from; for train=weights."""
+
+
+@dataclass
 class TrainConfig:
     """The optimizer's course; rows are packed or single conversations of max_length_tokens."""
 
     max_steps: int = 30
     learning_rate: float = 1e-3
-    """Peak rate of the low-rank factors of the levels."""
+    """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
     steps_learning_rate: float = 1e-2
-    """Peak rate of the low-rank factors of the steps."""
+    """Peak rate of what moves the steps: low-rank factors, or a relative change per block."""
     lr_scheduler: LrScheduler = LrScheduler.cosine
     warmup_ratio: float = 0.1
     """Share of max_steps in which the rate rises from zero."""
@@ -241,11 +307,11 @@ class TrainConfig:
 class EvaluateConfig:
     """How perplexity, KLD and the sample answers are computed."""
 
-    tokens_per_chunk: int = 256
-    """Tokens whose full-vocabulary logits are in memory at the same time."""
+    tokens_per_chunk: int = 2048
+    """Tokens scored at a time, against a tile of the vocabulary."""
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
-    sample_max_new_tokens: int = 48
+    sample_max_new_tokens: int = 32
 
 
 @dataclass
@@ -257,6 +323,7 @@ class GuardConfig:
     roundtrip_kld_p99_max_nats: float = 1e-5
     roundtrip_same_top_min_share: float = 1.0
     require_effect: bool = True
+    effect: Effect = Effect.task_loss
     effect_min_standard_errors: float = 2.0
     drift_kld_increase_max_nats: float = 0.15
     llama_cpp: bool = True
@@ -289,6 +356,45 @@ class BuildConfig:
 
 
 @dataclass
+class InspectConfig:
+    """What a checkpoint is compared with."""
+
+    against: str | None = None
+    """HF folder of the checkpoint before an edit or merge; null: no comparison."""
+
+
+@dataclass
+class BenchmarkConfig:
+    """What the recipe `benchmark` compares, and how long it trains for it."""
+
+    suite: BenchmarkSuite = BenchmarkSuite.speed
+    methods: list[BenchmarkMethod] = field(default_factory=list)
+    """Methods to compare; empty: those of the suite."""
+    tokens_per_step: list[int] = field(default_factory=lambda: [512, 2048])
+    """speed: tokens of an optimizer step, in rows of data.max_length_tokens."""
+    rounds: int = 5
+    """speed: timed steps per method and size; in a round every method runs one step."""
+    warmup_rounds: int = 1
+    """speed: rounds before those, untimed."""
+    grid_by: GridBy = GridBy.search
+    """adapters: how a base that lies on no grid is put on one."""
+    domain: str = "tiny"
+    """adapters: text to learn: tiny, code, technical, multilingual, c4, wiki or a text file."""
+    max_steps: int = 60
+    """adapters: optimizer steps of a run."""
+    rows_per_step: int = 2
+    """adapters: rows of data.max_length_tokens per step."""
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
+    """adapters: peak rates tried on the first seed, the same number for every method."""
+    steps_rate_factor: float = 10.0
+    """adapters: the factors of the steps learn at this multiple of the rate."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """adapters: seeds of the best rate's runs; the first one also tunes."""
+    eval_tokens: int = 8192
+    """adapters: scored tokens of each held-out text at most."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and where it is logged."""
 
@@ -312,11 +418,14 @@ class RootConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     run_dir: str = "runs"
@@ -353,7 +462,7 @@ def _refuse_added_keys(cfg: DictConfig, schema: DictConfig, prefix: str = "") ->
                 f"{prefix}{key}: there is no such setting, and none can be added. Leave it out; "
                 f"the settings here are {', '.join(map(str, schema))}."
             )
-        if OmegaConf.is_dict(schema[key]):
+        if OmegaConf.is_dict(schema[key]) and len(schema[key]):  # empty: keys are the user's own
             _refuse_added_keys(cfg[key], schema[key], f"{prefix}{key}.")
 
 
@@ -361,6 +470,8 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    if root.inspect.against is not None:
+        root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

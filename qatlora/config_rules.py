@@ -15,12 +15,15 @@ from qatlora.config import (
     AdapterKind,
     BaseConfig,
     DataKind,
+    Effect,
     ExportConfig,
+    InspectConfig,
     RootConfig,
     Rounding,
     Storage,
     TeacherKind,
     TrainConfig,
+    Trained,
 )
 from qatlora.errors import ConfigError
 
@@ -45,6 +48,11 @@ _MINIMA = {
     "guard.roundtrip_same_top_min_share": 0,
     "logging.log_steps": 1,
     "seed": 0,
+    "benchmark.rounds": 1,
+    "benchmark.warmup_rounds": 0,
+    "benchmark.max_steps": 1,
+    "benchmark.rows_per_step": 1,
+    "benchmark.eval_tokens": 1,
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -58,6 +66,7 @@ _POSITIVE = (
     "train.steps_learning_rate",
     "train.max_grad_norm",
     "build.max_shard_gb",
+    "benchmark.steps_rate_factor",
 )
 
 
@@ -81,9 +90,12 @@ def validate(cfg: RootConfig) -> None:
     _check_adapter(cfg)
     _check_data(cfg)
     _check_losses(cfg)
+    _check_distill(cfg)
     _check_train(cfg.train)
     _check_export(cfg.export)
-    _check_build(cfg)
+    _check_inspect(cfg.inspect)
+    if "benchmark" in cfg.stages:
+        _check_benchmark(cfg)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -186,6 +198,12 @@ def _check_data(cfg: RootConfig) -> None:
             f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
             "and reads no file. Add data=jsonl, or leave data.path out."
         )
+    for name, weight in data.replay_mix.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"data.replay_mix.{name}={weight}: must be greater than 0. Raise it, or remove the "
+                f"text with ~data.replay_mix.{name}."
+            )
     if cfg.teacher.general_kl_weight > 0 and data.replay_rows_per_step == 0:
         raise ConfigError(
             f"data.replay_rows_per_step=0 with teacher.general_kl_weight="
@@ -207,6 +225,27 @@ def _check_losses(cfg: RootConfig) -> None:
         raise ConfigError(
             "teacher.ce_weight, kl_weight and general_kl_weight are all 0: nothing would be "
             "trained. Set at least one of them above 0."
+        )
+
+
+def _check_distill(cfg: RootConfig) -> None:
+    if cfg.guard.effect is Effect.teacher_kld and cfg.teacher.kind is TeacherKind.none:
+        raise ConfigError(
+            "guard.effect=teacher_kld with teacher.kind=none: there would be no KLD to fall. Use "
+            "teacher=bf16, or guard.effect=task_loss."
+        )
+    if cfg.distill.train is not Trained.weights:
+        return
+    if cfg.storage.kind is not Storage.bf16:
+        raise ConfigError(
+            f"distill.train=weights with storage={cfg.storage.kind.name}: trained weights start "
+            "from the checkpoint's own values, which only bf16 keeps. Use storage=bf16."
+        )
+    if "save_adapter" in cfg.stages or cfg.adapter.path is not None:
+        raise ConfigError(
+            "distill.train=weights with adapter.path or the stage save_adapter: trained weights "
+            "leave a checkpoint, no adapter. Use recipe=qat_distill without adapter.path, or "
+            "distill.train=adapters."
         )
 
 
@@ -234,16 +273,36 @@ def _check_export(export: ExportConfig) -> None:
         )
 
 
-def _check_build(cfg: RootConfig) -> None:
-    if "build" not in cfg.stages:
-        return
-    if cfg.storage.kind is Storage.bf16:
+def _check_inspect(inspect: InspectConfig) -> None:
+    if inspect.against is not None and not Path(inspect.against).is_dir():
         raise ConfigError(
-            "storage=bf16 with a build: there is nothing to build, the checkpoint is bf16. Use "
-            "recipe=q4_0_build or recipe=nf4_build as they are."
+            f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
+            "the checkpoint before the edit, with config.json and safetensors files."
         )
-    if cfg.build.path is not None and Path(cfg.build.path).exists():
-        raise ConfigError(
-            f"build.path={cfg.build.path}: exists already, and a build never replaces a folder. "
-            "Remove it or give another path."
-        )
+
+
+def _check_benchmark(cfg: RootConfig) -> None:
+    settings = cfg.benchmark
+    lists = ("tokens_per_step", "learning_rates", "seeds")
+    for key in lists:
+        values = getattr(settings, key)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(
+                f"benchmark.{key}={values}: must be a list of different values, at least one. Set "
+                f"benchmark.{key} to such a list."
+            )
+    for rate in settings.learning_rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(
+                f"benchmark.learning_rates={settings.learning_rates}: each must be greater than 0. "
+                "Set them higher."
+            )
+    if min(settings.seeds) < 0:
+        raise ConfigError(f"benchmark.seeds={settings.seeds}: must be at least 0. Set them higher.")
+    for num_tokens in settings.tokens_per_step:
+        if num_tokens < 1 or num_tokens % cfg.data.max_length_tokens:
+            raise ConfigError(
+                f"benchmark.tokens_per_step={settings.tokens_per_step}: each must be a multiple of "
+                f"data.max_length_tokens={cfg.data.max_length_tokens}, the length of a row. Change "
+                "one of the two."
+            )

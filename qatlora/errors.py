@@ -54,3 +54,7 @@ class GuardFailed(QatloraError):
 
 class TrainError(QatloraError):
     """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
+
+
+class BenchmarkError(QatloraError):
+    """A method could not be measured."""

@@ -1,7 +1,11 @@
-"""Peak memory of this process, as the operating system counts it."""
+"""Memory of this process and of the machine, as the operating system counts it."""
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
+from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
@@ -15,3 +19,37 @@ def available_bytes() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def forget_peak_rss() -> bool:
+    """Give free memory back and start counting the high-water mark anew, where Linux allows it.
+
+    Returns:
+        False where the mark cannot be reset: `peak_rss_since_forgotten` is then that of the whole
+        process so far.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc only; freed blocks would count as used
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss_since_forgotten() -> int:
+    """Largest resident set since `forget_peak_rss`; unlike getrusage not that of a parent."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return peak_rss_bytes()
+    (kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) * 1024

@@ -2,6 +2,10 @@
 
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
+    preflight -> inspect -> report
+    preflight -> benchmark -> report
+
+qat_distill adds evaluate_reference before train and save_base after publish.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -14,24 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from qatlora import __version__, files, preflight, progress
-from qatlora.adapters.attach import adapter_rule, attach, changed_share
+from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
+from qatlora.adapters.deployed import AdapterRule, LatentRule
+from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
-from qatlora.base.load import load_base, load_plain, load_tokenizer
+from qatlora.base.load import load_base, load_tokenizer
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
-from qatlora.config import RootConfig, TeacherKind
+from qatlora.base.teacher import load_teacher
+from qatlora.config import Effect, RootConfig, TeacherKind, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
-from qatlora.errors import AdapterError, ConfigError
-from qatlora.evaluate import ScoreSettings, mean_difference
+from qatlora.errors import AdapterError
+from qatlora.evaluate import KldSummary, Mean, ScoreSettings, mean_difference
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
+from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
 from qatlora.guard.identity import identity_gate
@@ -41,7 +48,10 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
-from qatlora.stages.build import build
+from qatlora.stages.benchmark import benchmark
+from qatlora.stages.build import build, check_build
+from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -73,11 +83,18 @@ def _preflight(state: Run) -> None:
     state.layout = find_layout(state.source, cfg.base)
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
     preflight.require(needs, state.run_dir)
+    if "save_base" in cfg.stages:
+        require_plain(state.source)
     if "write_candidate" in cfg.stages:
         check_converter()
-    state.tokenizer = load_tokenizer(state.source.folder)
-    if template is not None:
-        state.tokenizer.chat_template = template
+    if "inspect" in cfg.stages:
+        check_inspect(state)
+    if "build" in cfg.stages:
+        check_build(state)
+    if {"build", "load_base"} & set(cfg.stages):
+        state.tokenizer = load_tokenizer(state.source.folder)
+        if template is not None:
+            state.tokenizer.chat_template = template
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -87,7 +104,10 @@ def _load_data(state: Run) -> None:
         cfg.data, state.tokenizer, cfg.seed, cfg.train.max_steps, cfg.train.rows_per_step
     )
     state.tokenizer.chat_template = training_template(state.tokenizer)
-    settings = ScoreSettings(compute_dtype=dtype_of(cfg.evaluate.logits_precision))
+    settings = ScoreSettings(
+        chunk_tokens=cfg.evaluate.tokens_per_chunk,
+        compute_dtype=dtype_of(cfg.evaluate.logits_precision),
+    )
     state.evaluation = Evaluation(state.batches.texts, settings)
 
 
@@ -99,35 +119,14 @@ def _load_base(state: Run) -> None:
         )
     deploy_embeddings(state.base.model, cfg.export.other_type.name)
     if cfg.teacher.kind is TeacherKind.bf16:
-        state.teacher = _load_teacher(state)
-
-
-def _load_teacher(state: Run) -> PreTrainedModel:
-    path, source = state.cfg.teacher.path, state.source
-    if path is None and source.nf4_modules:
-        raise ConfigError(
-            f"{source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
-            "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
-        )
-    if path is None and source.packed_modules and not state.base.on_grid:
-        raise ConfigError(
-            f"{source.folder} is a packed Q4_0 build of weights that lay on no grid "
-            f"(on_grid_share {source.record.on_grid_share:.2%}), so their bf16 values are gone and "
-            "the base would be its own teacher. Give teacher.path=FOLDER of the bf16 checkpoint, "
-            "or train without one (teacher=none)."
-        )
-    folder = source.folder if path is None else Path(path)
-    if path is not None and load_tokenizer(folder).get_vocab() != state.tokenizer.get_vocab():
-        raise ConfigError(
-            f"The teacher in {folder} has another vocabulary than the base, and probabilities of "
-            "different tokens cannot be compared. Take a teacher of the same family."
-        )
-    return load_plain(folder, state.device, torch.bfloat16)
+        state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
 
 
 def _attach(state: Run) -> None:
     cfg = state.cfg
-    if cfg.adapter.path is None:
+    if cfg.distill.train is Trained.weights:
+        state.adapted = attach_latents(state.base, LatentRule(cfg.distill.steps.name))
+    elif cfg.adapter.path is None:
         state.adapted = attach(state.base, adapter_rule(cfg.adapter, cfg.seed))
     else:
         state.adapted, identity = load_adapter(state.base, Path(cfg.adapter.path))
@@ -158,19 +157,20 @@ def _train(state: Run) -> None:
             bf16=state.dtype == torch.bfloat16,
             on_step=advance,
         )
+    state.adapted.settle()
+    state.recorded = state.adapted.deployed_digests()
     state.teacher = None  # its states are kept; its memory is needed for the file read back
 
 
 def _save_adapter(state: Run) -> None:
+    assert isinstance(state.adapted, AdaptedModel)
     state.recorded = save_adapter(state.adapted, state.run_dir / "adapter").deployed
 
 
 def _evaluate_trained(state: Run) -> None:
-    adapted, evaluation = state.adapted, state.evaluation
+    adapted = state.adapted
     with adapted.held_weights(state.dtype):
-        _measure(state, "trained", adapted.model)
-        with state.bar("keep trained states", evaluation.num_tokens, "tokens") as advance:
-            state.trained_states = evaluation.states_of(adapted.model, advance)
+        _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
         change = changed_share(before, after)
@@ -188,8 +188,10 @@ def _write_candidate(state: Run) -> None:
         "base": base.name,
         "base_digest": base.digest,
         "storage": base.storage,
-        "adapter": str(dataclasses.asdict(state.adapted.rule)),
     }
+    rule = state.adapted.rule
+    kind = "adapter" if isinstance(rule, AdapterRule) else "latents"
+    stamp[kind] = str(dataclasses.asdict(rule))
     if cfg.guard.override is not None:
         stamp["guard_override"] = cfg.guard.override
     with state.bar("write candidate", len(base.grid), "tensors") as advance:
@@ -210,13 +212,10 @@ def _guard(state: Run) -> None:
         self_kld = evaluation.self_kld_max(state.adapted.model)
     config = plain_config(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
-    _measure(state, "merged", merged)
-    roundtrip = _divergence(state, "before/after", merged)
+    roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
-    scores = evaluation.scores
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
-    improvement = mean_difference(scores["base"]["task"].nll, scores["merged"]["task"].nll)
-    gates += effect_gates(state.num_changed, improvement, cfg.guard)
+    gates += effect_gates(state.num_changed, _improvement(state), cfg.guard)
     before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")
     gates.append(drift_gate(before, after, cfg.guard))
     gates.append(llama_cpp_gate())
@@ -240,41 +239,49 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "inspect": inspect,
     "build": build,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
     "evaluate_base": _evaluate_base,
+    "evaluate_reference": evaluate_reference,
     "train": _train,
     "save_adapter": _save_adapter,
     "evaluate_trained": _evaluate_trained,
     "write_candidate": _write_candidate,
     "guard": _guard,
     "publish": _publish,
+    "save_base": save_base,
+    "benchmark": benchmark,
     "report": _write_report,
 }
 
 
-def _measure(state: Run, name: str, model: torch.nn.Module) -> None:
+def _measure(
+    state: Run, name: str, model: torch.nn.Module, **options: Any
+) -> dict[str, KldSummary]:
+    """`Evaluation.measure` under a progress bar."""
     with state.bar(f"evaluate {name}", state.evaluation.num_tokens, "tokens") as advance:
-        state.evaluation.measure(name, model, advance)
+        return state.evaluation.measure(name, model, advance, **options)
 
 
-def _divergence(state: Run, name: str, model: torch.nn.Module) -> dict[str, Any]:
-    """KLD of a model from the trained one."""
-    with state.bar(name, state.evaluation.num_tokens, "tokens") as advance:
-        return state.evaluation.divergence(state.trained_states, model, advance)
+def _improvement(state: Run) -> Mean:
+    """What the guard's effect is measured by, base minus merged, paired by token."""
+    before, after = state.evaluation.scores["base"], state.evaluation.scores["merged"]
+    if state.cfg.guard.effect is Effect.task_loss:
+        return mean_difference(before["task"].nll, after["task"].nll)
+    base_kld, merged_kld = before["general"].kld, after["general"].kld
+    assert base_kld is not None, "the rules ask for a teacher"
+    assert merged_kld is not None
+    return mean_difference(base_kld, merged_kld)
 
 
 def _answer(state: Run, name: str) -> None:
     prompts = state.batches.prompts
     if "report" not in state.cfg.stages or not prompts:
         return
+    length = state.cfg.evaluate.sample_max_new_tokens
     with state.bar(f"answers of {name}", len(prompts), "answers") as advance, state.autocast():
-        state.answers[name] = answers(
-            state.adapted.model,
-            state.tokenizer,
-            prompts,
-            state.cfg.evaluate.sample_max_new_tokens,
-            advance,
-        )
+        state.answers[name] = answers(state.adapted.model, state.tokenizer, prompts, length)
+        advance(len(prompts))

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora import __version__, progress
 from qatlora.adapters.attach import AdaptedModel
+from qatlora.adapters.latents import LatentModel
+from qatlora.adapters.model import GridModel
 from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches
-from qatlora.evaluate import ReferenceStates
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.llamacpp.source import llama_cpp_version
@@ -24,15 +25,19 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
-    BuildResult,
+    BenchmarkResult,
+    CheckpointResult,
     ExportResult,
     GuardResult,
+    InspectResult,
+    LatentsResult,
     LayerChange,
     RunReport,
     Sample,
     StageTime,
     TrainResult,
 )
+from qatlora.report.results_build import BuildResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -49,16 +54,18 @@ class Run:
     dtype: torch.dtype  # of matrix products
     source: Source | None = None
     layout: Layout | None = None
+    against: Source | None = None  # the checkpoint that the source is compared with
+    inspection: InspectResult | None = None
+    benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
-    base_result: BaseResult | None = None  # of a recipe that loads no base
+    built_base: BaseResult | None = None  # the base that a built folder is
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
-    adapted: AdaptedModel | None = None
+    adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
-    trained_states: dict[str, ReferenceStates] = field(default_factory=dict)
     answers: dict[str, list[str]] = field(default_factory=dict)  # model -> one per prompt
     changes: list[LayerChange] = field(default_factory=list)
     num_changed: int = 0
@@ -66,6 +73,7 @@ class Run:
     candidate: Candidate | None = None
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
 
     def bar(self, name: str, total: int, unit: str) -> Any:
@@ -85,7 +93,7 @@ class Run:
 
 def report_of(state: Run) -> RunReport:
     """What the stages have left so far, as the report; a part without its stage is None."""
-    base, adapted = state.base, state.adapted
+    adapted = state.adapted
     prompts = state.batches.prompts if state.batches else []
     samples = [
         Sample(prompt[-1]["content"], {model: said[i] for model, said in state.answers.items()})
@@ -94,13 +102,17 @@ def report_of(state: Run) -> RunReport:
     ]
     return RunReport(
         recipe=state.cfg.card.name,
-        base=state.base_result if base is None else _base_result(base),
+        base=_base_result(state),
         build=state.build,
-        adapter=_adapter_result(adapted) if adapted else None,
+        adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
+        latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
         export=state.export,
+        inspect=state.inspection,
+        checkpoint=state.checkpoint,
+        benchmark=state.benchmark,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
@@ -112,8 +124,17 @@ def report_of(state: Run) -> RunReport:
     )
 
 
-def _base_result(base: LoadedBase) -> BaseResult:
-    return BaseResult(base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest)
+def _base_result(state: Run) -> BaseResult:
+    """The loaded base or what was built of it; else what the headers tell."""
+    base = state.base
+    if base is not None:
+        return BaseResult(
+            base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
+        )
+    if state.built_base is not None:
+        return state.built_base
+    share = state.inspection.on_grid_share if state.inspection else None
+    return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 
 
 def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
@@ -126,6 +147,14 @@ def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
         dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
         trainable_parameters=adapted.num_trainable,
         tensors=len(adapted.base.trained),
+    )
+
+
+def _latents_result(latents: LatentModel) -> LatentsResult:
+    return LatentsResult(
+        steps=latents.rule.steps,
+        trainable_parameters=latents.num_trainable,
+        tensors=len(latents.base.trained),
     )
 
 

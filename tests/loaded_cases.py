@@ -109,7 +109,7 @@ def built_folder(source: Path, target: Path, kind: str, **settings: Any) -> RunR
     cfg = RootConfig(stages=["preflight", "build", "report"], run_dir=f"{target}-run")
     cfg.card.name = f"{kind}_build"
     cfg.base.path, cfg.base.name, cfg.storage.kind = str(source), "tiny", Storage[kind]
-    cfg.build = BuildConfig(path=str(target), max_new_tokens=4, **settings)
+    cfg.build = BuildConfig(**{"path": str(target), "max_new_tokens": 4} | settings)
     cfg.train.device, cfg.logging.progress_bars = "cpu", False
     return pipeline.run(cfg)
 

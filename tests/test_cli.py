@@ -82,6 +82,8 @@ def command(pipeline, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         (["recipe=chat_sft", "seed"], ["'seed'", "KEY=VALUE"]),
         (["recipe=chat_sft", "base.path=no/such"], ["no/such", "no such file"]),
         (["recipe=merge"], ["adapter.path=RUN_FOLDER/adapter"]),
+        (["recipe=benchmark", "benchmark.methods=[steps]"], ["benchmark.methods", "steps_q4_0"]),
+        (["recipe=benchmark", "benchmark.suite=sped"], ["benchmark.suite", "speed, adapters"]),
         (["-m", "recipe=chat_sft", "storage=nf4,q9"], ["storage=q9", "q4_0"]),
     ],
 )

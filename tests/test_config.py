@@ -202,3 +202,22 @@ def test_a_key_that_the_schema_lacks_cannot_be_added():
 def test_an_interpolation_that_leads_nowhere_names_its_key():
     with pytest.raises(ConfigError, match=r"train\.max_steps"):
         settings("train.max_steps=${nowhere}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("benchmark.tokens_per_step", [300]),
+        ("benchmark.tokens_per_step", []),
+        ("benchmark.learning_rates", [1e-3, 1e-3]),
+        ("benchmark.learning_rates", [0.0]),
+        ("benchmark.seeds", [-1]),
+        ("benchmark.rounds", 0),
+    ],
+)
+def test_a_benchmark_that_would_measure_nothing_is_refused(key, value):
+    root = to_dataclasses(compose("recipe=benchmark"))
+    validate(root)
+    with pytest.raises(ConfigError, match=re.escape(key)) as refused:
+        validate(change(root, key, value))
+    assert re.search(REMEDY, str(refused.value), re.IGNORECASE)

@@ -8,61 +8,21 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qatlora.adapters.deployed import AdapterRule, deployed_dense, deployed_weight
+from qatlora.adapters.deployed import AdapterRule
 from qatlora.adapters.layer import GridAdapter
+from qatlora.adapters.model import GridModel, ParameterGroups
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
 from qatlora.config import AdapterConfig
-from qatlora.grid import Q4Blocks, digest
+from qatlora.grid import Q4Blocks
 
 
 @dataclass(frozen=True)
-class AdaptedModel:
-    """A base with adapters on its trained linears.
+class AdaptedModel(GridModel):
+    """A base with adapters on its trained linears, which are `GridAdapter`."""
 
-    Attributes:
-        base: the base below.
-        model: the PEFT model; its trained linears are `GridAdapter`.
-        rule: what, besides the parameters, decides the deployed weight.
-    """
-
-    base: LoadedBase
     model: PeftModel
     rule: AdapterRule
-
-    def layers(self) -> Iterator[tuple[str, GridLinear | GridAdapter]]:
-        """Yield (tensor name, layer) of every Q4_0 tensor in the model's order."""
-        inner = self.model.get_base_model()
-        for name in self.base.grid:
-            layer = inner.get_submodule(name)
-            assert isinstance(layer, GridLinear | GridAdapter)
-            yield name, layer
-
-    def deployed(self) -> Iterator[tuple[str, Q4Blocks]]:
-        """Yield (tensor name, deployed blocks), one layer at a time."""
-        for name, layer in self.layers():
-            yield name, deployed_weight(layer)
-
-    def base_blocks(self) -> Iterator[tuple[str, Q4Blocks]]:
-        """Yield (tensor name, the base's own blocks)."""
-        for name, layer in self.layers():
-            base = layer.get_base_layer() if isinstance(layer, GridAdapter) else layer
-            yield name, base.base_blocks()
-
-    def deployed_digests(self) -> dict[str, str]:
-        """Tensor name -> hex SHA-256 of its packed blocks."""
-        return {name: digest(blocks) for name, blocks in self.deployed()}
-
-    def keep_blocks(self, keep: bool) -> None:
-        """Let every adapter keep its blocks from the forward to the backward pass, or not."""
-        for _, layer in self.layers():
-            if isinstance(layer, GridAdapter):
-                layer.keeps_blocks = keep
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
@@ -70,21 +30,13 @@ class AdaptedModel:
         with self.model.disable_adapter():
             yield
 
-    @contextlib.contextmanager
-    def held_weights(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within this context each layer keeps its deployed weight, for many forwards in a row.
-
-        It costs the bf16 size of the trained linears and saves computing them in every forward;
-        forwards that record gradients still compute their own.
-        """
-        layers = [layer for _, layer in self.layers()]
-        try:
-            for layer in layers:
-                layer.held_weight = deployed_dense(layer, dtype)
-            yield
-        finally:
-            for layer in layers:
-                layer.held_weight = None
+    def parameter_groups(self) -> ParameterGroups:
+        """The factors of the levels and those of the steps."""
+        groups = ParameterGroups([], [])
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (groups.steps if "lora_steps_" in name else groups.levels).append(parameter)
+        return groups
 
 
 def adapter_rule(settings: AdapterConfig, seed: int) -> AdapterRule:

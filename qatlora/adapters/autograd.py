@@ -13,6 +13,14 @@ With g = dL/dW = dY^T X [out, in] the straight-through gradients are
 For `lora` alone g is never formed: dB = scale * dY^T (X A^T) and dA = scale * (dY B)^T X cost what
 LoRA costs. For the others g is formed in tiles of rows and reduced at once.
 In an all-zero block (step 0) nothing moves the weight, so its share of the gradient is taken out.
+
+`LatentProduct` is the same for a layer whose weight w itself is trained, with c the change of the
+steps where they are learned:
+
+    latents   dw = g * step' / step       (step' = step where the steps do not move)
+    steps     dc = sum over the block of g * level * step
+
+The whole of g is then the result; its products run in x's dtype, and it is widened once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +34,7 @@ from qatlora.base.stores import reciprocal
 from qatlora.grid import BLOCK_SIZE, decode
 
 if TYPE_CHECKING:
+    from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
 
 _TILE_WEIGHTS = 1 << 22
@@ -126,8 +135,9 @@ def _dense_gradients(
     for first in range(0, len(steps), tile_rows):
         rows = slice(first, first + tile_rows)
         g = (grad_y[:, rows].T @ x).float().unflatten(-1, (-1, BLOCK_SIZE))
-        tile_levels = levels[rows].unflatten(-1, (-1, BLOCK_SIZE))
-        grad_factor[rows] = (g * tile_levels).sum(-1) * steps[rows].float()
+        weighted = levels[rows].float().unflatten(-1, (-1, BLOCK_SIZE)).mul_(g)
+        grad_factor[rows] = weighted.sum(-1) * steps[rows].float()
+        del weighted  # before the next tile-sized temporary
         if moving is not None:
             moving.add(rows, g)
     level_grads = (None, None) if moving is None else (moving.grad_down, moving.grad_up)
@@ -144,7 +154,43 @@ class _LevelGradients:
         self.factor = ratio.mul_(layer.rule.scale)
 
     def add(self, rows: slice, g: Tensor) -> None:
-        """Take in g of these rows, [rows, in / 32, 32]."""
-        moved = (g * self.factor[rows].unsqueeze(-1)).flatten(-2)
+        """Take in g of these rows, [rows, in / 32, 32]; it is overwritten."""
+        moved = g.mul_(self.factor[rows].unsqueeze(-1)).flatten(-2)
         self.grad_up[rows] = moved @ self.down.T
         self.grad_down += self.up[rows].T @ moved
+
+
+class LatentProduct(torch.autograd.Function):
+    """y = x W^T of a `LatentLinear`; x [..., in] in the compute dtype, parameters float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: "LatentLinear", latent: Tensor, step_change: Tensor | None
+    ) -> Tensor:
+        """Multiply by the deployed weight; keep x, and the blocks where the layer keeps them."""
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        blocks = deployed_weight(layer)
+        ctx.blocks = blocks if layer.keeps_blocks else None
+        return x @ decode(blocks, x.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the latents and the change of the steps."""
+        (x,) = ctx.saved_tensors
+        layer: LatentLinear = ctx.layer
+        blocks = deployed_weight(layer) if ctx.blocks is None else ctx.blocks
+        grad_y = grad_y.to(x.dtype)
+        grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
+        # Of a transposed left factor a CPU makes the product at half the speed of one in order.
+        g = (grad_y.flatten(0, -2).T.contiguous() @ x.flatten(0, -2)).float()
+        g_blocks = g.unflatten(-1, (-1, BLOCK_SIZE))
+        g_blocks[layer.zero_blocks.unbind(-1)] = 0.0
+        grad_change = None
+        if layer.step_change is not None:
+            levels = blocks.levels.unflatten(-1, (-1, BLOCK_SIZE))
+            grad_change = (g_blocks * levels).sum(-1).mul_(layer.steps)
+            ratio = blocks.steps.float() * reciprocal(layer.steps)
+            g_blocks.mul_(ratio.unsqueeze(-1))
+        return grad_x, None, g, grad_change

@@ -6,13 +6,18 @@ A deployed weight is ``step * level``. An adapter of kind
     steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
     both    moves the levels by the base's steps, then the steps
 
-where t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a
+Without an adapter the weights themselves may be trained, as float32 latents w over frozen base
+steps (`LatentRule`): level = clamp(round(w / step), -8, 7), and the steps stay, move by a factor of
+their own, or are chosen anew with the levels by llama.cpp's rule.
+
+Above, t0 are the base's latent levels and u is the dither: 0 where t0 keeps a fraction, and on a
 grid a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there
 is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 
 Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,17 +28,20 @@ from qatlora.base.linear import GridLinear
 from qatlora.base.stores import reciprocal
 from qatlora.grid import (
     BLOCK_SIZE,
+    Dither,
     Q4Blocks,
     decode,
-    dither,
     encode_reference,
-    nearest_levels,
+    nearest_levels_,
+    spans_of,
 )
 
 if TYPE_CHECKING:
+    from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
 
 _FP16_MAX = 65504.0
+_MERGED_TILE_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -74,22 +82,53 @@ class AdapterRule:
         return self.alpha / self.rank
 
 
+@dataclass(frozen=True)
+class LatentRule:
+    """How latent weights become blocks.
+
+    Attributes:
+        steps: frozen (found once in the checkpoint's weights), recomputed (llama.cpp's rule on the
+            latents) or learned (the frozen steps times a trained factor per block).
+    """
+
+    steps: str
+
+
 @torch.no_grad()
-def deployed_weight(layer: "GridLinear | GridAdapter") -> Q4Blocks:
+def deployed_weight(layer: "GridLinear | GridAdapter | LatentLinear") -> Q4Blocks:
     """The model: what training multiplies by, the guard compares and the GGUF holds.
 
     Args:
-        layer: a base layer, or an adapter over one (with disabled adapters: the base).
+        layer: a base layer, an adapter over one (with disabled adapters: the base), or latents.
 
     Returns:
         steps float16 [out, in / 32] and levels int8 [out, in].
     """
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
+    if isinstance(layer.rule, LatentRule):
+        return _of_latents(layer)
     # Autocast would round the delta to bf16 and move codes.
     with torch.autocast(layer.get_base_layer().store.steps.device.type, enabled=False):
         blocks = _with_moved_levels(layer)
         return Q4Blocks(moved_steps(layer, blocks.steps), blocks.levels)
+
+
+def _of_latents(layer: "LatentLinear") -> Q4Blocks:
+    if layer.is_off:
+        return layer.get_base_layer().base_blocks()
+    if layer.settled is not None:
+        return layer.settled
+    if layer.rule.steps == "recomputed":
+        return encode_reference(layer.latent)
+    # A product with the reciprocal, not a quotient: eight times faster, and a decoded level still
+    # comes back, because half a level is far more than a rounding.
+    per_step = reciprocal(layer.steps).unsqueeze(-1)
+    latents = (layer.latent.unflatten(-1, (-1, BLOCK_SIZE)) * per_step).flatten(-2)
+    levels = nearest_levels_(latents).to(torch.int8)
+    if layer.step_change is None:
+        return Q4Blocks(layer.steps, levels)
+    return Q4Blocks(changed_steps(layer.steps, layer.step_change), levels)
 
 
 def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
@@ -104,30 +143,31 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    dithered = rule.dither == "always" or (rule.dither == "auto" and base.store.on_grid)
-    levels = []
-    for rows, latents in base.store.latent_tiles():
-        per_step = reciprocal(base.store.steps[rows]).unsqueeze(-1)
-        delta = low_rank(up[rows], down, rule.scale).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step)
+    store = base.store
+    dithered = rule.dither == "always" or (rule.dither == "auto" and store.on_grid)
+    noise = Dither(rule.seed, base.tensor_name)
+    product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps).unsqueeze(-1)
+    levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
+
+    def move(rows: slice, latents: Tensor) -> None:
+        delta = product.of_rows(rows).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step[rows])
         moved = latents.add_(delta.flatten(-2))
         if dithered:
-            moved += dither(
-                rule.seed, base.tensor_name, moved.shape, start_row=rows.start, device=moved.device
-            )
-        levels.append(nearest_levels(moved))
-    return Q4Blocks(base.store.steps, torch.cat(levels))
+            noise.add_to(moved, rows.start)
+        levels[rows] = nearest_levels_(moved)
+
+    store.for_each_tile(move)
+    return Q4Blocks(store.steps, levels)
 
 
 def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """llama.cpp's rule on base + delta, in float32; it chooses new steps."""
-    tiles = []
-    for rows, latents in base.store.latent_tiles():
+    product, merged = LowRank(up, down, rule.scale), base.store.latents()
+    for rows in spans_of(len(merged), max(1, _MERGED_TILE_WEIGHTS // merged.shape[-1])):
         wide_steps = base.store.steps[rows].float().unsqueeze(-1)
-        weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
-        tiles.append(encode_reference(weight.add_(low_rank(up[rows], down, rule.scale))))
-    return Q4Blocks(
-        torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
-    )
+        merged[rows].unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps)
+        merged[rows].add_(product.of_rows(rows))
+    return encode_reference(merged)
 
 
 def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
@@ -135,20 +175,39 @@ def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
     down, up = layer.parameters_of("lora_steps_A"), layer.parameters_of("lora_steps_B")
     if down is None or up is None:
         return steps
-    factor = 1.0 + low_rank(up, down, 1.0)
-    return (steps.float() * factor).clamp_(-_FP16_MAX, _FP16_MAX).half()
+    return changed_steps(steps, low_rank(up, down, 1.0))
 
 
-def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Scale * (up @ down), float32 [rows, width], the same on every machine.
+def changed_steps(steps: Tensor, change: Tensor) -> Tensor:
+    """fp16(step * (1 + change)); steps float16, change float32, both [out, in / 32]."""
+    return (steps.float() * (1.0 + change)).clamp_(-_FP16_MAX, _FP16_MAX).half()
+
+
+class LowRank:
+    """Scale * (up @ down), the same on every machine, tile by tile of its rows.
 
     The order of a float32 sum changes about half of the last bits and with them some codes, so the
     sum runs in float64 and is rounded once: two orders then agree but for one value in 2^28.
     """
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float) -> None:
+        """Take the factors up [out, r] and down [r, width]."""
+        self._up, self._down, self._scale = up.double(), down.double(), scale
+        if math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied in
+            self._up, self._scale = self._up * scale, 1.0
+
+    def of_rows(self, rows: slice) -> Tensor:
+        """The product's rows, float32 [rows, width]; autocast must be off."""
+        product = self._up[rows] @ self._down
+        return (product if self._scale == 1 else product.mul_(self._scale)).float()
+
+
+def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """The whole of a `LowRank` product, float32 [out, width]."""
     with torch.autocast(up.device.type, enabled=False):
-        return (up.double() @ down.double()).mul_(scale).float()
+        return LowRank(up, down, scale).of_rows(slice(None))
 
 
-def deployed_dense(layer: "GridLinear | GridAdapter", dtype: torch.dtype) -> Tensor:
+def deployed_dense(layer: "GridLinear | GridAdapter | LatentLinear", dtype: torch.dtype) -> Tensor:
     """The deployed weight as a dense matrix [out, in]."""
     return decode(deployed_weight(layer), dtype)

@@ -79,7 +79,7 @@ class GridAdapter(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] through the deployed weight, in autocast's dtype."""
-        dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+        dtype = compute_dtype(x)
         bias = self.get_base_layer().bias
         if self.held_weight is not None and not torch.is_grad_enabled():
             return functional.linear(x.to(dtype), self.held_weight.to(dtype), bias)
@@ -88,5 +88,7 @@ class GridAdapter(nn.Module, LoraLayer):
         return y if bias is None else y + bias
 
 
-def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies `x`: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

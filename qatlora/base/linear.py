@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qatlora.base.stores import Store
-from qatlora.grid import Q4Blocks, decode, nearest_levels
+from qatlora.grid import Q4Blocks, decode, nearest_levels_
 
 
 class GridLinear(nn.Module):
@@ -33,7 +33,14 @@ class GridLinear(nn.Module):
 
     def base_blocks(self) -> Q4Blocks:
         """The base's own blocks: its steps, and each latent rounded to the nearest level."""
-        levels = torch.cat([nearest_levels(latents) for _, latents in self.store.latent_tiles()])
+        levels = torch.empty(
+            self.out_features, self.in_features, dtype=torch.int8, device=self.store.steps.device
+        )
+
+        def round_tile(rows: slice, latents: Tensor) -> None:
+            levels[rows] = latents if self.store.on_grid else nearest_levels_(latents)
+
+        self.store.for_each_tile(round_tile)
         return Q4Blocks(self.store.steps, levels)
 
     def forward(self, x: Tensor) -> Tensor:

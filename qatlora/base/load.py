@@ -100,7 +100,6 @@ def load_base(
             num_blocks += store.steps.numel()
         if on_layer:
             on_layer(1)
-    forget_quantizer(model)
     digest = base_digest(digests)
     _require_recorded(source, kind, digests.keys(), digest)
     return LoadedBase(
@@ -189,6 +188,17 @@ def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrained
     Raises:
         CheckpointError: transformers cannot load it, or made other modules NF4.
     """
+    model = load_nf4_to_save(source, layout, device)
+    _forget_quantizer(model)
+    return model
+
+
+def load_nf4_to_save(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
+    """As `load_nf4`, but the model still knows its quantizer, as `save_pretrained` must.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or made other modules NF4.
+    """
     quantizer = None if source.nf4_modules else _nf4_config(layout.not_nf4)
     model = _from_pretrained(
         source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
@@ -250,8 +260,8 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
     return model.eval().requires_grad_(False)
 
 
-def forget_quantizer(model: PreTrainedModel) -> None:
-    """Drop the marks of bitsandbytes: no Linear4bit is left, and Trainer and TRL act on them."""
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Drop the marks of bitsandbytes, on which Trainer and TRL act (adapters cast to bf16)."""
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             delattr(model, attribute)

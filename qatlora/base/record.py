@@ -26,7 +26,7 @@ from qatlora.grid import BLOCK_BYTES, GRID_VERSION
 QUANT_METHOD = "qatlora_q4_0"
 """`quantization_config.quant_method` of a packed build's config.json; nobody else knows it."""
 STEPS_FILE = "q4_0_steps.safetensors"
-_RECORD = "grid.json"
+RECORD = "grid.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GridRecord:
     def write(self, folder: Path) -> None:
         """Write `grid.json` into a folder that is not published yet."""
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-        (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def is_packed(folder: Path) -> bool:
@@ -85,12 +85,12 @@ def read_record(folder: Path, config: Mapping[str, Any]) -> GridRecord | None:
         CheckpointError: config.json speaks of packed tensors and there is no record, the record is
             damaged, or another version of the grid made it.
     """
-    path = folder / _RECORD
+    path = folder / RECORD
     packed = _quant_method(config) == QUANT_METHOD
     if not path.is_file():
         if packed:
             raise CheckpointError(
-                f"{folder} is a packed Q4_0 build by its config.json and has no {_RECORD}, without "
+                f"{folder} is a packed Q4_0 build by its config.json and has no {RECORD}, without "
                 "which its tensors cannot be checked. Copy that file, too, or build it again "
                 "(recipe=q4_0_build)."
             )
@@ -129,7 +129,7 @@ def check_tensors(folder: Path, record: GridRecord, files: Mapping[str, Path]) -
         key = f"{name}.{suffix}"
         if key not in files:
             raise CheckpointError(
-                f"{folder} has no tensor '{key}', which its {_RECORD} lists. A file is missing or "
+                f"{folder} has no tensor '{key}', which its {RECORD} lists. A file is missing or "
                 "belongs to another build: copy the folder again."
             )
         with safe_open(files[key], framework="pt") as opened:

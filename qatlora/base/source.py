@@ -59,6 +59,15 @@ class Source:
         """Size of all safetensors files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, from the headers."""
+        shapes = {}
+        for path in sorted(set(self.files.values())):
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        return shapes
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
 

@@ -8,19 +8,28 @@ Shapes: out x in is the layer's weight; blocks are 32 wide, so steps are [out, i
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from qatlora.grid import BLOCK_SIZE, Q4Blocks, latents, nearest_levels, pack, unpack
+from qatlora.grid import (
+    BLOCK_SIZE,
+    Q4Blocks,
+    latents,
+    nearest_levels_,
+    pack,
+    share_out,
+    spans_of,
+)
 
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over
-# a tile stay in its cache; on a GPU a tile only bounds the temporaries, and fewer launches are
-# better.
+# a tile stay in its cache; on a GPU a tile only bounds the temporaries (about 20 bytes per weight),
+# and fewer launches are better.
 _TILE_WEIGHTS = {"cpu": 1 << 18}
-_TILE_WEIGHTS_ELSEWHERE = 1 << 24
+_TILE_WEIGHTS_ELSEWHERE = 1 << 22
 
 RowReader = Callable[[slice], Tensor]
 
@@ -52,22 +61,32 @@ class Store(nn.Module, ABC):
     def in_features(self) -> int:
         """Width of a row."""
 
-    def latent_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, latent levels t0 of these rows, float32), tile by tile, in order.
+    def for_each_tile(self, work: Callable[[slice, Tensor], None]) -> None:
+        """Call `work(rows, latent levels t0 of these rows)` for tiles that cover all rows.
 
-        The levels are whole numbers in -8..7 where `on_grid`. The tensor may be overwritten.
+        The levels are float32, whole numbers in -8..7 where `on_grid`, and may be overwritten. On
+        a CPU the calls come from several threads, in any order and without autocast, so `work` may
+        write only to its own rows of a result.
         """
-        read = self._row_reader()
-        num_rows = self.steps.shape[0]
-        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
-        tile_rows = max(1, tile_weights // self.in_features)
-        for first in range(0, num_rows, tile_rows):
-            rows = slice(first, min(first + tile_rows, num_rows))
-            yield rows, read(rows)
+        read, device = self._row_reader(), self.steps.device
+        share_out(self._tiles(), device, lambda rows: work(rows, read(rows)))
+
+    def _tiles(self) -> list[slice]:
+        """Slices of rows, on a CPU as many for each thread."""
+        device, num_rows = self.steps.device, len(self.steps)
+        tile_weights = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS_ELSEWHERE)
+        num_tiles = math.ceil(num_rows * self.in_features / tile_weights)
+        if device.type == "cpu":
+            threads = torch.get_num_threads()
+            num_tiles = threads * math.ceil(num_tiles / threads)
+        return spans_of(num_rows, math.ceil(num_rows / num_tiles))
 
     def latents(self) -> Tensor:
         """All latent levels at once, float32 [out, in]."""
-        return torch.cat([tile for _, tile in self.latent_tiles()])
+        shape = (len(self.steps), self.in_features)
+        whole = torch.empty(shape, dtype=torch.float32, device=self.steps.device)
+        self.for_each_tile(whole.__setitem__)
+        return whole
 
     @abstractmethod
     def _stored(self) -> list[Tensor]:
@@ -103,27 +122,35 @@ class Bf16Store(Store):
 
 
 class Q4Store(Store):
-    """Packed codes and steps (4.5 bits per weight), exact on an on-grid base.
+    """Codes of 4 bits and steps (4.5 bits per weight), exact on an on-grid base.
 
-    A latent base loses its fractions here, so what is stored is always on a grid.
+    A latent base loses its fractions here, so what is stored is always on a grid. A byte holds two
+    levels of a row in two's complement: column j in its low half and column j + in / 2 in the
+    high one, so that whole stretches of a row unpack at once (GGUF pairs columns 16 apart).
     """
 
-    packed: Tensor
+    codes: Tensor
 
     def __init__(self, blocks: Q4Blocks) -> None:
         super().__init__(blocks.steps, on_grid=True)
-        self.register_buffer("packed", pack(blocks), persistent=False)
+        low, high = blocks.levels.chunk(2, dim=-1)
+        self.register_buffer("codes", low & 0xF | high << 4, persistent=False)
 
     @property
     def in_features(self) -> int:
         """Width of a row."""
         return self.steps.shape[-1] * BLOCK_SIZE
 
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        """The levels of some rows, int8 [rows, in]."""
+        codes = self.codes[rows]
+        return torch.cat([codes << 4 >> 4, codes >> 4], dim=-1)
+
     def _row_reader(self) -> RowReader:
-        return lambda rows: unpack(self.packed[rows]).levels.float()
+        return lambda rows: self.levels(rows).float()
 
     def _stored(self) -> list[Tensor]:
-        return [self.packed]
+        return [pack(Q4Blocks(self.steps, self.levels()))]
 
 
 class Nf4Store(Store):
@@ -166,7 +193,7 @@ def _reader(weight: Tensor, steps: Tensor, *, on_grid: bool) -> RowReader:
 
 def _latents(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Tensor:
     values = latents(weight, steps)
-    return nearest_levels(values).float() if on_grid else values
+    return nearest_levels_(values) if on_grid else values
 
 
 def reciprocal(steps: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Every step gets the same mixture: `rows_per_step - replay_rows_per_step` chat ro
 `replay_rows_per_step` rows of general text, so that no step lacks the term against forgetting.
 """
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from qatlora.data.chats import Chats, open_chats
 from qatlora.data.chitchat import open_chitchat
 from qatlora.data.course import ChatCourse
 from qatlora.data.encode import ChatEncoder
+from qatlora.data.mix import MixedText, mixed_rows
 from qatlora.data.prompts import choose_prompts
 from qatlora.data.rows import Batches, Row, Text
 from qatlora.data.templates import TurnRules, training_template, turn_rules
-from qatlora.data.text import GeneralText, held_out_rows, open_general, replay_rows
+from qatlora.data.text import GeneralText, held_out_rows, open_general
 from qatlora.errors import ConfigError, DataError
 
 MIN_CONVERSATIONS = 8
@@ -64,8 +64,8 @@ def load_data(
     split_long = settings.kind is DataKind.chitchat
     course = ChatCourse(chats, encoder, split_long)
     chat_rows = course.training_rows(training, max_steps * num_chat_rows, seed)
-    rng = random.Random(f"{seed} general")
-    replay = replay_rows(general, tokenizer, max_length, max_steps * num_replay_rows, rng)
+    texts_of_replay = _open_mix(settings, general)
+    replay = mixed_rows(texts_of_replay, tokenizer, max_length, max_steps * num_replay_rows, seed)
     train = interleave(chat_rows, replay, max_steps)
 
     task = ChatCourse(chats, encoder, split_long).held_out_rows(held_out, settings.eval_tokens)
@@ -77,6 +77,7 @@ def load_data(
     notes: dict[str, Any] = {
         "chats": _about_chats(course, len(held_out)),
         "general": _about_general(general),
+        "replay": {part.text.name: part.weight for part in texts_of_replay},
         "train": count(train, max_length),
         "held_out": {text.name: count(text.rows, max_length) for text in texts},
     }
@@ -147,6 +148,20 @@ def _open_chats(settings: DataConfig, rules: TurnRules) -> Chats:
     if settings.path is None:
         raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
     return open_chats(Path(settings.path).expanduser(), rules)
+
+
+def _open_mix(settings: DataConfig, general: GeneralText) -> list[MixedText]:
+    """The texts of the replay rows, each without its own held-out part."""
+    if not settings.replay_mix:
+        return [MixedText(settings.general, general, 1.0)]
+    return [
+        MixedText(
+            name,
+            general if name == settings.general else open_general(name, registry.locate),
+            weight,
+        )
+        for name, weight in settings.replay_mix.items()
+    ]
 
 
 def _about_chats(course: ChatCourse, num_held_out: int) -> dict[str, Any]:

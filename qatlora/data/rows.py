@@ -34,7 +34,7 @@ class Row:
 class Text:
     """A held-out text for evaluation; none of its rows is ever trained on."""
 
-    name: Literal["task", "general"]
+    name: Literal["task", "validation", "general"]
     rows: list[Row]
 
 

@@ -1,6 +1,6 @@
 """Perplexity and KL divergence of Hugging Face models, from hidden states."""
 
-from qatlora.evaluate.scores import ScoreSettings, TokenScores, score_tokens
+from qatlora.evaluate.scores import Reference, ScoreSettings, TokenScores, score_tokens
 from qatlora.evaluate.states import (
     ReferenceStates,
     Row,
@@ -21,6 +21,7 @@ from qatlora.evaluate.text import evaluate_text
 __all__ = [
     "KldSummary",
     "Mean",
+    "Reference",
     "ReferenceStates",
     "Row",
     "ScoreSettings",

@@ -7,9 +7,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qatlora.distill import LmHead
 from qatlora.evaluate.scores import ScoreSettings, TokenScores
-from qatlora.evaluate.states import ReferenceStates, Row, reference_states
+from qatlora.evaluate.states import (
+    KeptStates,
+    ReferenceStates,
+    Row,
+    StatesBatch,
+    reference_states,
+)
 from qatlora.evaluate.statistics import KldSummary, summarize
 from qatlora.evaluate.text import evaluate_text
 from qatlora.report.results import KLD_BIN_EDGES, KldFigures, TextResult
@@ -40,12 +45,14 @@ class Evaluation:
         settings: batch sizes and precision, the same for every model.
         teacher: text name -> the teacher's states; empty without a teacher.
         scores: model name -> text name -> scores per token, KLD to the teacher.
+        states: model name -> text name -> the states of a model that was measured to be kept.
     """
 
     texts: Sequence[NamedText]
     settings: ScoreSettings
     teacher: dict[str, ReferenceStates] = field(default_factory=dict)
     scores: dict[str, dict[str, TokenScores]] = field(default_factory=dict)
+    states: dict[str, dict[str, ReferenceStates]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -61,43 +68,63 @@ class Evaluation:
             for text in self.texts
         }
 
-    def measure(self, name: str, model: nn.Module, on_tokens: OnTokens) -> None:
-        """Score a model under `name` on all texts against the teacher."""
-        head = LmHead.of(model)
-        self.scores[name] = {
-            text.name: evaluate_text(
-                model, head, text.rows, self.teacher.get(text.name), self.settings, on_tokens
-            )
-            for text in self.texts
-        }
-
-    def divergence(
-        self, reference: dict[str, ReferenceStates], model: nn.Module, on_tokens: OnTokens
+    def measure(
+        self,
+        name: str,
+        model: nn.Module,
+        on_tokens: OnTokens,
+        *,
+        keep: bool = False,
+        against: str | None = None,
     ) -> dict[str, KldSummary]:
-        """KLD of a model from any other model's states, text by text."""
-        head = LmHead.of(model)
-        summaries = {}
+        """Score a model under `name` on all texts against the teacher, in one pass.
+
+        Args:
+            name: its name in `scores`.
+            model: Hugging Face causal LM.
+            on_tokens: called with the number of tokens that were scored.
+            keep: keep its states under its name, for a later comparison.
+            against: a model whose states were kept.
+
+        Returns:
+            Text name -> KLD from the model `against` to this one; empty without it.
+        """
+        scores, roundtrip = {}, {}
         for text in self.texts:
-            scores = evaluate_text(
-                model, head, text.rows, reference[text.name], self.settings, on_tokens
-            )
-            kld = summarize(scores).kld
-            assert kld is not None
-            summaries[text.name] = kld
-        return summaries
+            kept = KeptStates(model, self.settings)
+            teacher = self.teacher.get(text.name)
+            references = [] if teacher is None else [teacher]
+            if against is not None:
+                references.append(self.states[against][text.name])
+
+            def on_batch(batch: StatesBatch, kept: KeptStates = kept) -> None:
+                if keep:
+                    kept.add(batch)
+                on_tokens(len(batch.targets))
+
+            found = evaluate_text(model, text.rows, references, self.settings, on_batch)
+            scores[text.name] = found[0]
+            if against is not None:
+                roundtrip[text.name] = _kld_of(found[-1])
+                if teacher is None:
+                    scores[text.name] = TokenScores(found[0].nll)
+            if keep:
+                self.states.setdefault(name, {})[text.name] = kept.finish()
+        self.scores[name] = scores
+        return roundtrip
 
     def self_kld_max(self, model: nn.Module) -> float:
         """Largest KLD per token of a model to itself, run twice on the first rows of each text.
 
         Anything but 0 would mean that its figures are not repeatable.
         """
-        head, largest = LmHead.of(model), []
+        largest = []
         for text in self.texts:
             rows = text.rows[:_SELF_KLD_ROWS]
             states = reference_states(model, rows, self.settings)
-            kld = evaluate_text(model, head, rows, states, self.settings).kld
-            assert kld is not None
-            largest.append(kld.abs().max())
+            (scores,) = evaluate_text(model, rows, [states], self.settings)
+            assert scores.kld is not None
+            largest.append(scores.kld.abs().max())
         return float(torch.stack(largest).max())  # unlike Python's max, NaN wins
 
     def kld(self, model: str, text: str) -> KldSummary | None:
@@ -110,6 +137,12 @@ class Evaluation:
             text.name: {model: _result(scores[text.name]) for model, scores in self.scores.items()}
             for text in self.texts
         }
+
+
+def _kld_of(scores: TokenScores) -> KldSummary:
+    kld = summarize(scores).kld
+    assert kld is not None
+    return kld
 
 
 def _result(scores: TokenScores) -> TextResult:

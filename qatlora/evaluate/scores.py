@@ -37,7 +37,7 @@ class ScoreSettings:
 
     batch_tokens: int = 2048
     chunk_tokens: int = 512
-    chunk_words: int = 4096
+    chunk_words: int = 2048
     compute_dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
 
@@ -75,47 +75,53 @@ class TokenScores:
         )
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Another model's final hidden states [n, H'] for the same n tokens, and its head."""
+
+    hidden: Tensor
+    head: LmHead
+
+
 def score_tokens(
     hidden: Tensor,
     head: LmHead,
     targets: Tensor,
-    reference_hidden: Tensor | None = None,
-    reference_head: LmHead | None = None,
+    references: Sequence[Reference] = (),
     settings: ScoreSettings | None = None,
-) -> TokenScores:
-    """Score the words that follow n hidden states.
+) -> list[TokenScores]:
+    """Score the words that follow n hidden states; the model's logits are computed once.
 
     Args:
         hidden: [n, H], any float dtype and device; moved to the head's device chunk by chunk.
         head: the model's head.
         targets: [n] int64, the word that follows each state.
-        reference_hidden: [n, H'] of the reference for the same tokens, or None for no divergence.
-        reference_head: the reference's head; given together with its states.
+        references: what the model is compared with.
         settings: tile sizes and compute dtype.
+
+    Returns:
+        One `TokenScores` per reference; without any, a single one that has no divergence.
 
     Raises:
         ConfigError: the vocabularies differ.
     """
     settings = settings or ScoreSettings()
-    if reference_head is not None and reference_head.vocab_size != head.vocab_size:
-        raise ConfigError(
-            f"The reference has {reference_head.vocab_size} words, the model {head.vocab_size}: "
-            "their probabilities cannot be compared. Use a reference with the model's tokenizer "
-            "and the same padding of the vocabulary."
-        )
+    for reference in references:
+        if reference.head.vocab_size != head.vocab_size:
+            raise ConfigError(
+                f"The reference has {reference.head.vocab_size} words, the model "
+                f"{head.vocab_size}: their probabilities cannot be compared. Use a reference with "
+                "the model's tokenizer and the same padding of the vocabulary."
+            )
     device = head.weight.device
-    parts = []
+    chunks = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for start in range(0, len(hidden), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
-            own = hidden[chunk].to(device)
-            wanted = targets[chunk].to(device)
-            if reference_hidden is None or reference_head is None:
-                parts.append(_score_alone(own, head, wanted, settings))
-            else:
-                other = reference_hidden[chunk].to(device)
-                parts.append(_score_pair(own, head, wanted, other, reference_head, settings))
-    return TokenScores.concatenate(parts)
+            others = [Reference(other.hidden[chunk].to(device), other.head) for other in references]
+            own, wanted = hidden[chunk].to(device), targets[chunk].to(device)
+            chunks.append(_score_chunk(own, head, wanted, others, settings))
+    return [TokenScores.concatenate(parts) for parts in zip(*chunks, strict=True)]
 
 
 def _concatenate(columns: Sequence[Tensor | None]) -> Tensor | None:
@@ -161,40 +167,50 @@ class _StreamingSoftmax:
         return (self.sum_exp.log() + (self.top - self.target_logit).double()).float()
 
 
-def _score_alone(
-    hidden: Tensor, head: LmHead, targets: Tensor, settings: ScoreSettings
-) -> TokenScores:
-    softmax = _StreamingSoftmax(targets)
-    for start in range(0, head.vocab_size, settings.chunk_words):
-        tile = head.logits_of_words(hidden, start, settings.chunk_words, settings.compute_dtype)
-        softmax.add(tile, start)
-    return TokenScores(softmax.nll().cpu())
+class _StreamingDivergence:
+    """KL(reference || model) of each row, tile by tile, beside the two softmaxes."""
+
+    def __init__(self, reference: Reference, targets: Tensor):
+        self._reference = reference
+        self._softmax = _StreamingSoftmax(targets)
+        self._weighted = torch.zeros_like(self._softmax.sum_exp)  # sum of exp(a - max a) * (a - b)
+
+    def add(self, b: Tensor, start: int, dtype: torch.dtype) -> None:
+        """Take in the model's logits b [C, n] of the words from `start` on."""
+        other = self._reference
+        a = other.head.logits_of_words(other.hidden, start, b.shape[1], dtype)
+        exponentials, factor = self._softmax.add(a, start)
+        difference = exponentials.mul_(a.sub_(b)).sum(dim=1)
+        self._weighted = self._weighted * factor + difference
+
+    def scores(self, model: _StreamingSoftmax) -> TokenScores:
+        """The scores of the chunk, once all words are in."""
+        reference = self._softmax
+        log_sums = reference.sum_exp.log() - model.sum_exp.log()
+        kld = self._weighted / reference.sum_exp - log_sums - (reference.top - model.top).double()
+        return TokenScores(
+            model.nll().cpu(),
+            kld.float().cpu(),
+            (model.top_word == reference.top_word).cpu(),
+            reference.nll().cpu(),
+        )
 
 
-def _score_pair(
+def _score_chunk(
     hidden: Tensor,
     head: LmHead,
     targets: Tensor,
-    reference_hidden: Tensor,
-    reference_head: LmHead,
+    references: Sequence[Reference],
     settings: ScoreSettings,
-) -> TokenScores:
-    model, reference = _StreamingSoftmax(targets), _StreamingSoftmax(targets)
-    weighted = torch.zeros_like(model.sum_exp)  # sum of exp(a - max a) * (a - b)
+) -> list[TokenScores]:
+    model = _StreamingSoftmax(targets)
+    divergences = [_StreamingDivergence(reference, targets) for reference in references]
     words, dtype = settings.chunk_words, settings.compute_dtype
     for start in range(0, head.vocab_size, words):
-        b = head.logits_of_words(hidden, start, words, dtype)
-        a = reference_head.logits_of_words(reference_hidden, start, words, dtype)
-        model.add(b, start)
-        exponentials, factor = reference.add(a, start)
-        difference = exponentials.mul_(a.sub_(b)).sum(dim=1)
-        weighted = weighted * factor + difference
-    mean_difference = weighted / reference.sum_exp
-    log_sums = reference.sum_exp.log() - model.sum_exp.log()
-    kld = mean_difference - log_sums - (reference.top - model.top).double()
-    return TokenScores(
-        model.nll().cpu(),
-        kld.float().cpu(),
-        (model.top_word == reference.top_word).cpu(),
-        reference.nll().cpu(),
-    )
+        tile = head.logits_of_words(hidden, start, words, dtype)
+        model.add(tile, start)
+        for divergence in divergences:
+            divergence.add(tile, start, dtype)
+    if not divergences:
+        return [TokenScores(model.nll().cpu())]
+    return [divergence.scores(model) for divergence in divergences]

@@ -73,6 +73,25 @@ def final_hidden_states(
     return hidden
 
 
+class KeptStates:
+    """Collects a model's states batch by batch, to make a reference of it."""
+
+    def __init__(self, model: nn.Module, settings: ScoreSettings) -> None:
+        self._head = LmHead.of(model)
+        self._dtype = settings.compute_dtype
+        self._hidden: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def add(self, batch: StatesBatch) -> None:
+        """Take in the next batch of the text."""
+        self._hidden.append(batch.hidden.to("cpu", self._dtype))
+        self._targets.append(batch.targets.cpu())
+
+    def finish(self) -> ReferenceStates:
+        """The whole text."""
+        return ReferenceStates(torch.cat(self._hidden), torch.cat(self._targets), self._head)
+
+
 def reference_states(
     model: nn.Module,
     rows: Sequence[Row],
@@ -84,13 +103,12 @@ def reference_states(
     `on_tokens(n)` is called after each batch with its number of scored tokens.
     """
     settings = settings or ScoreSettings()
-    hidden, targets = [], []
+    kept = KeptStates(model, settings)
     for batch in scored_states(model, rows, settings):
-        hidden.append(batch.hidden.to("cpu", settings.compute_dtype))
-        targets.append(batch.targets.cpu())
+        kept.add(batch)
         if on_tokens is not None:
             on_tokens(len(batch.targets))
-    return ReferenceStates(torch.cat(hidden), torch.cat(targets), LmHead.of(model))
+    return kept.finish()
 
 
 def scored_states(

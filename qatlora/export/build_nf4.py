@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qatlora.base.grids import layer_grid
 from qatlora.base.layout import Layout
-from qatlora.base.load import load_nf4, require_nf4
+from qatlora.base.load import load_nf4_to_save, require_nf4
 from qatlora.base.record import STEPS_FILE, GridRecord
 from qatlora.base.source import Source
 from qatlora.base.stores import Nf4Store, dequantized_nf4
@@ -50,7 +50,7 @@ def build_nf4(
     Raises:
         CheckpointError: other modules became NF4 than the list says.
     """
-    model = load_nf4(source, layout, device)
+    model = load_nf4_to_save(source, layout, device)
     model.save_pretrained(folder, max_shard_size=int(max_shard_bytes))
     census, steps = Census(), {}
     for key in source.files:
@@ -60,10 +60,10 @@ def build_nf4(
         if name in layout.grid:
             linear = model.get_submodule(name)
             grid = layer_grid(source, name, linear, "nf4", device)
-            is_nf4 = isinstance(grid.store, Nf4Store)
-            stored = dequantized_nf4(linear.weight) if is_nf4 else linear.weight
-            census.built(name, grid, tensor.to(device), stored)
-            steps[f"{name}.steps"] = grid.store.steps.cpu()
+            store = grid.store
+            stored = dequantized_nf4(store.weight) if isinstance(store, Nf4Store) else tensor
+            census.built(name, grid, tensor.to(device), stored.to(device))
+            steps[f"{name}.steps"] = store.steps.cpu()
         on_tensor(1)
     save_file(steps, folder / STEPS_FILE)
     record = census.record(source, layout, "nf4")
@@ -103,4 +103,4 @@ def check_nf4(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
     new = produced[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True)
+    return str(tokenizer.decode(new, skip_special_tokens=True))

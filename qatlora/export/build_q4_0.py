@@ -1,7 +1,7 @@
 """Build a packed Q4_0 folder from a bf16 checkpoint, tensor by tensor.
 
 The layout is told in `qatlora.base.record`, and why it is so in
-docs/decisions/0004-a-packed-tensor-is-the-bytes-of-the-gguf.md.
+docs/decisions/0006-a-packed-tensor-is-the-bytes-of-the-gguf.md.
 """
 
 import json
@@ -18,7 +18,7 @@ from qatlora.base.source import Source
 from qatlora.base.stores import Q4Store
 from qatlora.export.census import Census
 from qatlora.export.shards import ShardWriter
-from qatlora.grid import GRID_VERSION, decode, recover
+from qatlora.grid import GRID_VERSION, decode, pack, recover
 
 OnTensor = Callable[[int], None]
 
@@ -64,7 +64,6 @@ def build_q4_0(
 
 def _packed(name: str, weight: Tensor, census: Census) -> Tensor:
     recovered = recover(weight)
-    store = Q4Store(recovered.blocks)
-    grid = LayerGrid(store, int(recovered.on_grid.sum()))
+    grid = LayerGrid(Q4Store(recovered.blocks), int(recovered.on_grid.sum()))
     census.built(name, grid, weight, decode(recovered.blocks, weight.dtype))
-    return store.packed.cpu()
+    return pack(recovered.blocks).cpu()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qatlora import files
-from qatlora.adapters.attach import AdaptedModel
+from qatlora.adapters.model import GridModel
 from qatlora.config import ExportConfig
 from qatlora.data.templates import strip_generation_markers
 from qatlora.errors import ExportError
@@ -63,7 +63,7 @@ def final_path(settings: ExportConfig, base_name: str, run_dir: Path) -> Path:
 
 
 def write_candidate(
-    adapted: AdaptedModel,
+    adapted: GridModel,
     settings: ExportConfig,
     run_dir: Path,
     stamp: dict[str, str],
@@ -86,7 +86,7 @@ def write_candidate(
     shutil.rmtree(hidden, ignore_errors=True)
     staging = hidden / "staging"
     staging.mkdir(parents=True)
-    _stage_other_files(adapted, staging)
+    stage_other_files(adapted, staging)
     _stage_other_tensors(adapted, staging)
     packed = {}
     for name, blocks in adapted.deployed():
@@ -106,8 +106,8 @@ def write_candidate(
     return Candidate(path, target, result.tensor_map)
 
 
-def _stage_other_files(adapted: AdaptedModel, staging: Path) -> None:
-    """Configuration, tokenizer and template, without marks that only training needs."""
+def stage_other_files(adapted: GridModel, staging: Path) -> None:
+    """Copy what is no weight: configuration, tokenizer, template without marks for training."""
     source = adapted.base.source
     copy_side_files(source.folder, staging)
     config: dict[str, Any] = dict(source.config)
@@ -118,7 +118,7 @@ def _stage_other_files(adapted: AdaptedModel, staging: Path) -> None:
         files.write_text(staging / "chat_template.jinja", strip_generation_markers(template))
 
 
-def _stage_other_tensors(adapted: AdaptedModel, staging: Path) -> None:
+def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
     """Copy every tensor that is not deployed as Q4_0, one file at a time."""
     source, grid, model = adapted.base.source, set(adapted.base.grid), adapted.base.model
     # Asked of the model: config.json may be silent about it, as Gemma's is.

@@ -3,8 +3,11 @@
 import importlib.metadata
 
 from qatlora import __version__
-from qatlora.report.results import BaseResult, BuildResult
+from qatlora.report.formatting import format_bytes, format_share
+from qatlora.report.results import BaseResult
+from qatlora.report.results_build import BuildResult
 
+CARD = "README.md"
 _MADE_WITH = {"q4_0": ("torch",), "nf4": ("torch", "transformers", "bitsandbytes")}
 
 
@@ -43,9 +46,9 @@ def _figures(build: BuildResult, base: BaseResult) -> str:
         "made by": f"qatlora {__version__}, recipe {build.storage}_build; {', '.join(versions)}",
         "quantized": f"{sum(build.modules.values())} linears: {kinds}",
         "everything else": "bf16",
-        "size": f"{build.bytes / 1e9:.3f} GB; the source has {build.source_bytes / 1e9:.3f} GB",
-        "relative error of the quantized weights": f"{100 * build.relative_error:.3f} %",
-        "share of their blocks on a Q4_0 grid in the source": f"{100 * base.on_grid_share:.2f} %",
+        "size": f"{format_bytes(build.bytes)}; the source has {format_bytes(build.source_bytes)}",
+        "relative error of the quantized weights": format_share(build.relative_error),
+        "share of their blocks on a Q4_0 grid in the source": format_share(base.on_grid_share),
         "SHA-256 of the source's tensors": f"`{build.source_digest}`",
         "digest as a base": f"`{base.digest}`",
     }

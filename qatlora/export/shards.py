@@ -35,7 +35,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._numbered(1).rename(self._folder / "model.safetensors")
             return
-        places = {}
+        places: dict[str, str] = {}
         for number, names in enumerate(self._shards, start=1):
             final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             self._numbered(number).rename(self._folder / final)

@@ -1,6 +1,6 @@
 """Q4_0: encode, decode, recover, search steps, dither, round. Needs torch alone."""
 
-from qatlora.grid.dither import dither
+from qatlora.grid.dither import Dither, dither
 from qatlora.grid.format import (
     BLOCK_BYTES,
     decode,
@@ -8,11 +8,13 @@ from qatlora.grid.format import (
     encode_reference,
     latents,
     nearest_levels,
+    nearest_levels_,
     pack,
     unpack,
 )
-from qatlora.grid.recover import Recovered, explains, recover
+from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
+from qatlora.grid.spans import share_out, spans_of
 from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
@@ -21,17 +23,23 @@ __all__ = [
     "GRID_VERSION",
     "LEVEL_MAX",
     "LEVEL_MIN",
+    "Dither",
     "Q4Blocks",
     "Recovered",
     "decode",
+    "detect",
     "digest",
     "dither",
     "encode_reference",
     "explains",
     "latents",
     "nearest_levels",
+    "nearest_levels_",
     "pack",
     "recover",
     "search_steps",
+    "settle",
+    "share_out",
+    "spans_of",
     "unpack",
 ]

@@ -21,7 +21,7 @@ pseudo-random noise", 1962, for the dither itself.
 """
 
 import hashlib
-import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +35,7 @@ PART_BITS = 16
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB
-CPU_TILE_WORDS = 1 << 15
+CPU_TILE_WORDS = 1 << 16
 DOMAIN = b"qatlora dither 1"
 
 
@@ -68,34 +68,69 @@ def dither(
             f"Dither was asked for shape {tuple(shape)}, but the last dimension must be a multiple "
             f"of {BLOCK_SIZE}, as in every Q4_0 tensor; tile along rows only."
         )
-    count = math.prod(shape)
-    first_word = start_row * shape[-1] // PARTS_PER_WORD
-    num_words = count // PARTS_PER_WORD
-    fractions = torch.empty(count, dtype=torch.float32, device=device)
-    # On a CPU tiles stay in the cache; elsewhere one launch per operator is best.
-    tile = CPU_TILE_WORDS if fractions.device.type == "cpu" else max(num_words, 1)
-    key = dither_key(seed, tensor_name)
-    ramp = torch.arange(min(tile, num_words), device=device).mul_(_signed(GOLDEN))
-    for start in range(0, num_words, tile):
-        stop = min(start + tile, num_words)
-        offset = _signed((key + first_word + start) * GOLDEN)
-        words = _mix(ramp[: stop - start] + offset)
-        out = fractions[start * PARTS_PER_WORD : stop * PARTS_PER_WORD]
-        # A part read as a signed number is k - 2^15, so half a unit more is the fraction.
-        out.copy_(words.view(torch.int16)).add_(0.5).mul_(2.0**-PART_BITS)
-    return fractions.view(*shape)
+    zeros = torch.zeros(*shape, dtype=torch.float32, device=device)
+    return Dither(seed, tensor_name).add_to(zeros, start_row)
+
+
+class Dither:
+    """The dither of one tensor, added to tile after tile of it."""
+
+    def __init__(self, seed: int, tensor_name: str) -> None:
+        self._key = dither_key(seed, tensor_name)
+        self._kept = threading.local()  # buffers; tiles may come from several threads
+
+    def add_to(self, tile: Tensor, start_row: int) -> Tensor:
+        """Add the dither to rows of the tensor in place, with one rounding; returns the tile.
+
+        Args:
+            tile: fp32 [..., in], contiguous; ``in`` a multiple of 32.
+            start_row: where the tile begins in the tensor, as for `dither`.
+        """
+        flat = tile.view(-1)
+        num_words = flat.numel() // PARTS_PER_WORD
+        first_word = start_row * tile.shape[-1] // PARTS_PER_WORD
+        # On a CPU the temporaries stay in the cache; elsewhere one launch per operator is best.
+        most = CPU_TILE_WORDS if flat.device.type == "cpu" else num_words
+        for start in range(0, num_words, most or 1):
+            stop = min(start + most, num_words)
+            offset = _signed((self._key + first_word + start) * GOLDEN)
+            parts = self._buffers_for(stop - start, flat.device).parts(stop - start, offset)
+            flat[start * PARTS_PER_WORD : stop * PARTS_PER_WORD].add_(parts, alpha=2.0**-PART_BITS)
+        return tile
+
+    def _buffers_for(self, num_words: int, device: torch.device) -> "_Buffers":
+        """Kept from tile to tile, most of which are alike."""
+        kept: _Buffers | None = getattr(self._kept, "buffers", None)
+        if kept is None or kept.num_words < num_words or kept.device != device:
+            kept = self._kept.buffers = _Buffers(num_words, device)
+        return kept
+
+
+class _Buffers:
+    """Room for the words of a tile, and index * GOLDEN of its first words."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        self.num_words, self.device = num_words, device
+        self._ramp = torch.arange(num_words, device=device).mul_(_signed(GOLDEN))
+        self._words, self._shifted = torch.empty_like(self._ramp), torch.empty_like(self._ramp)
+        self._parts = torch.empty(num_words * PARTS_PER_WORD, dtype=torch.float32, device=device)
+
+    def parts(self, num_words: int, offset: int) -> Tensor:
+        """Return k + 1/2 - 2^15 of these words' parts, fp32; overwritten by the next call."""
+        words = torch.add(self._ramp[:num_words], offset, out=self._words[:num_words])
+        shifted = self._shifted[:num_words]
+        for multiplier in (MULTIPLIER_1, MULTIPLIER_2):
+            torch.bitwise_right_shift(words, 32, out=shifted)
+            words.bitwise_xor_(shifted).mul_(_signed(multiplier))
+        # A part read as a signed number is k - 2^15.
+        parts = self._parts[: num_words * PARTS_PER_WORD]
+        return parts.copy_(words.view(torch.int16)).add_(0.5)
 
 
 def dither_key(seed: int, tensor_name: str) -> int:
     """Return the 64-bit key of a tensor's dither, from SHA-256 of the seed and its name."""
     text = DOMAIN + b"\0" + str(int(seed)).encode() + b"\0" + tensor_name.encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
-
-
-def _mix(words: Tensor) -> Tensor:
-    """Scramble int64 words in place."""
-    words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_1))
-    return words.bitwise_xor_(words >> 32).mul_(_signed(MULTIPLIER_2))
 
 
 def _signed(number: int) -> int:

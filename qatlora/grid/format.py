@@ -54,9 +54,14 @@ def encode_reference(weight: Tensor) -> Q4Blocks:
 
 def decode(blocks: Q4Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights [..., in]: fp32(step) * level, exact in fp32, then cast to ``dtype``."""
-    levels = blocks.levels.reshape(*blocks.steps.shape, BLOCK_SIZE)
-    weight = levels * blocks.steps.float().unsqueeze(-1)
-    return weight.flatten(-2).to(dtype)
+    steps, levels = blocks.steps.reshape(-1, 1), blocks.levels.reshape(-1, BLOCK_SIZE)
+    weight = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+
+    def decode_span(span: slice) -> None:
+        weight[span] = levels[span].float().mul_(steps[span].float())
+
+    for_each_span(len(levels), levels.device, decode_span)
+    return weight.view(blocks.levels.shape)
 
 
 def pack(blocks: Q4Blocks) -> Tensor:
@@ -94,7 +99,12 @@ def digest(blocks: Q4Blocks) -> str:
 
 def nearest_levels(latents: Tensor) -> Tensor:
     """Round latents (weights in units of their step) half to even, clamp to -8..7; int8."""
-    return latents.round().clamp_(LEVEL_MIN, LEVEL_MAX).to(torch.int8)
+    return nearest_levels_(latents.clone()).to(torch.int8)
+
+
+def nearest_levels_(latents: Tensor) -> Tensor:
+    """As `nearest_levels`, in place: the latents themselves become whole numbers."""
+    return latents.round_().clamp_(LEVEL_MIN, LEVEL_MAX)
 
 
 def latents(weight: Tensor, steps: Tensor) -> Tensor:
@@ -102,9 +112,11 @@ def latents(weight: Tensor, steps: Tensor) -> Tensor:
 
     Divided, not multiplied by a reciprocal: a decoded level divides to itself exactly.
     """
-    blocks = weight.float().reshape(*steps.shape, BLOCK_SIZE)
-    quotients = (blocks / steps.float().unsqueeze(-1)).masked_fill_(steps.unsqueeze(-1) == 0, 0.0)
-    return quotients.view(weight.shape)
+    blocks = weight.to(torch.float32, copy=True).view(*steps.shape, BLOCK_SIZE)
+    blocks.div_(steps.float().unsqueeze(-1))
+    if not steps.all():  # a pass over all weights for the sake of a few blocks
+        blocks.masked_fill_(steps.unsqueeze(-1) == 0, 0.0)
+    return blocks.view(weight.shape)
 
 
 def split_blocks(weight: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from qatlora.grid.types import BLOCK_SIZE, LEVEL_MIN, Q4Blocks
 
 # Two stored values, each within 2^-8 of a level times the step: 8 * (1 + 2^-7), and some more.
 MAX_PEAK_RATIO = 8.07
+_NO_FIT = 100  # a rank behind those of all fits
 PATTERN_MASK = 0x7FFFFFFF  # all bits of an fp32 number but its sign
 
 
@@ -95,6 +96,28 @@ def recover(weight: Tensor) -> Recovered:
         GridError: width is no multiple of 32, or a weight is not finite.
     """
     stored = split_blocks(weight)
+    state, rest = _solve(stored)
+    _solve_again(_search, rest, stored, state)
+    blocks = join_blocks(state.steps, state.levels, weight.shape)
+    return Recovered(blocks, state.on_grid.view(blocks.steps.shape))
+
+
+def detect(weight: Tensor) -> Tensor:
+    """Tell which blocks of a checkpoint's weight lie on a grid: bool [..., in / 32].
+
+    The same answer as ``recover`` gives, without the search of steps for the other blocks, which
+    takes most of its time on ordinary weights.
+
+    Raises:
+        GridError: width is no multiple of 32, or a weight is not finite.
+    """
+    stored = split_blocks(weight)
+    state, _ = _solve(stored)
+    return state.on_grid.view(*weight.shape[:-1], weight.shape[-1] // BLOCK_SIZE)
+
+
+def _solve(stored: Tensor) -> tuple[_State, Tensor]:
+    """Solve every block [n, 32] that is on a grid; return the state and the other blocks."""
     state = _State.empty(len(stored), stored.device)
     unsolved = [torch.empty(0, dtype=torch.int64, device=stored.device)]
 
@@ -105,12 +128,10 @@ def recover(weight: Tensor) -> Recovered:
 
     for_each_span(len(stored), stored.device, solve_clear)
     rest = torch.cat(unsolved)
-    for solve in (_solve_doubtful, _solve_any):
-        _solve_again(solve, rest[state.peak_levels[rest] > 0], stored, state)
+    for solve, copies in ((_solve_doubtful, 1), (_solve_any, -LEVEL_MIN)):
+        _solve_again(solve, rest[state.peak_levels[rest] > 0], stored, state, copies)
         rest = rest[~state.on_grid[rest]]
-    _solve_again(_search, rest, stored, state)
-    blocks = join_blocks(state.steps, state.levels, weight.shape)
-    return Recovered(blocks, state.on_grid.view(blocks.steps.shape))
+    return state, rest
 
 
 def explains(blocks: Q4Blocks, weight: Tensor) -> Tensor:
@@ -122,19 +143,41 @@ def explains(blocks: Q4Blocks, weight: Tensor) -> Tensor:
     return same.reshape(*blocks.steps.shape, BLOCK_SIZE).all(-1)
 
 
+def settle(blocks: Q4Blocks, stored: torch.dtype = torch.bfloat16) -> Q4Blocks:
+    """Return the blocks that `recover` finds in these blocks' values as a checkpoint stores them.
+
+    A step of 11 significant bits times a level does not fit bf16, and of the few steps that round
+    to the same stored values recovery takes one. It is the same one every time, so settled blocks
+    survive a bf16 checkpoint bit for bit, and their decoded bf16 values are those of `blocks`.
+
+    Args:
+        blocks: any steps of either sign; levels with a common divisor become smaller.
+        stored: type of the checkpoint.
+    """
+    return recover(decode(blocks, stored)).blocks
+
+
 def _solve_again(
-    solve: Callable[[Tensor, _State], None], blocks: Tensor, stored: Tensor, state: _State
+    solve: Callable[[Tensor, _State], None],
+    blocks: Tensor,
+    stored: Tensor,
+    state: _State,
+    copies: int = 1,
 ) -> None:
-    """Gather some blocks, ``solve`` them in spans and put the results back."""
+    """Gather some blocks, ``solve`` them in spans and put the results back.
+
+    ``solve`` is given peak levels and fills in all else; it works on so many ``copies`` of them.
+    """
 
     def work(span: slice) -> None:
         at = blocks[span]
-        part = state.of(at)
+        part = _State.empty(len(at), stored.device)
+        part.peak_levels.copy_(state.peak_levels[at])
         solve(stored[at], part)
         for whole, solved in zip(state, part, strict=True):
             whole[at] = solved
 
-    for_each_span(len(blocks), stored.device, work)
+    for_each_span(len(blocks), stored.device, work, copies)
 
 
 def _solve_clear(stored: Tensor, state: _State) -> None:
@@ -162,7 +205,7 @@ def _store(fit: Fit, steps: Tensor, final: Tensor, state: _State) -> None:
     """Store fits. Level 1 or -1 leaves no common divisor, so no larger step is missed."""
     state.on_grid.copy_(final)
     torch.mul(steps, fit.signs, out=state.steps)
-    state.levels.copy_(fit.levels).mul_(fit.signs.unsqueeze(1))
+    state.levels.copy_(fit.levels.mul_(fit.signs.unsqueeze(1)))
 
 
 def _suppose_peak_levels(values: Tensor, peaks: Tensor) -> Tensor:
@@ -178,26 +221,41 @@ def _suppose_peak_levels(values: Tensor, peaks: Tensor) -> Tensor:
 
 
 def _solve_any(stored: Tensor, state: _State) -> None:
-    """Try every peak level from the largest step down; keep the first exact fit, else the first."""
-    values = stored.float()
+    """Try every peak level; keep the exact fit with the largest step, else the largest step.
+
+    The levels are tried at once on copies of the blocks: a tensor on a grid leaves few blocks for
+    this, and a loop over the levels would cost more in calls than in arithmetic.
+    """
+    num_blocks = len(stored)
+    peak_levels = torch.arange(1, 1 - LEVEL_MIN, device=stored.device).repeat_interleave(num_blocks)
+    copies = stored.repeat(-LEVEL_MIN, 1)
+    values = copies.float()
     extremes = find_extremes(values)
-    exact = extremes.peaks == 0
-    state.on_grid.copy_(exact)
+    fit = fit_levels(values, extremes, peak_levels.float(), stored.dtype)
+    possible = torch.nonzero(fit.possible()).squeeze(1)
+    fit = fit.of(possible)
+    verdict = judge(fit, copies[possible])
+    # The lowest rank wins: exact fits, then other ones, each from the largest step down.
+    ranks = torch.full_like(peak_levels, _NO_FIT)
+    ranks[possible] = peak_levels[possible] + _NO_FIT * (~verdict.explained).long()
+    ranks[possible] -= -LEVEL_MIN * verdict.exact.long()
+    places = torch.zeros_like(ranks)
+    places[possible] = torch.arange(len(possible), device=stored.device)
+    best, winners = ranks.view(-LEVEL_MIN, num_blocks).min(0)
+    at = torch.nonzero(best < _NO_FIT).squeeze(1)
+    chosen = places.view(-LEVEL_MIN, num_blocks)[winners[at], at]
+    fit = fit.of(chosen)
+    state.on_grid.copy_(extremes.peaks[:num_blocks] == 0)
     state.steps.zero_()
     state.levels.zero_()
-    for peak_level in range(1, 1 - LEVEL_MIN):
-        fit = fit_levels(values, extremes, peak_level, stored.dtype)
-        verdict = judge(fit, stored)
-        better = (verdict.exact & ~exact) | (verdict.explained & ~state.on_grid)
-        at = torch.nonzero(better).squeeze(1)
-        state.steps[at] = verdict.steps[at] * fit.signs[at]
-        state.levels[at] = fit.levels[at].to(torch.int8) * fit.signs[at].unsqueeze(1)
-        state.on_grid[at] = True
-        exact |= verdict.exact
+    state.on_grid[at] = True
+    state.steps[at] = verdict.steps[chosen] * fit.signs
+    state.levels[at] = fit.levels.mul_(fit.signs.unsqueeze(1)).to(torch.int8)
 
 
 def _search(stored: Tensor, state: _State) -> None:
     """Give blocks off the grid the step that costs least, and the nearest levels."""
     values = stored.float()
+    state.on_grid.zero_()
     state.steps.copy_(best_steps(values))
     state.levels.copy_(nearest_levels(latents(values, state.steps.unsqueeze(1))))

@@ -1,7 +1,7 @@
 """Gates 2 to 5, each from figures to a `GateResult`; gate 1 is `qatlora.guard.identity`.
 
     2  before/after   the model read back from the file against the model as trained
-    3  effect         something changed, and the held-out loss fell
+    3  effect         something changed, and the held-out loss or the KLD to the teacher fell
     4  drift          how much further from the teacher the merged model is on general text
     5  llama_cpp      the same in the real runtime
 
@@ -10,9 +10,14 @@ A gate never prints and never raises: `qatlora.guard.judge` decides what follows
 
 import numpy as np
 
-from qatlora.config import GuardConfig
+from qatlora.config import Effect, GuardConfig
 from qatlora.evaluate import KldSummary, Mean
 from qatlora.report.results import GateResult
+
+_EFFECTS = {
+    Effect.task_loss: ("effect_loss", "held-out loss"),
+    Effect.teacher_kld: ("effect_kld", "KLD to the teacher on general text"),
+}
 
 
 def before_after_gates(
@@ -61,22 +66,24 @@ def before_after_gates(
 
 
 def effect_gates(num_changed: int, improvement: Mean, settings: GuardConfig) -> list[GateResult]:
-    """At least one code or step changed, and the merged model predicts the held-out chats better.
+    """At least one code or step changed, and the merged model is better at what it was trained for.
 
     Args:
         num_changed: levels and steps that differ from the base's.
-        improvement: mean loss of the base minus that of the merged model, paired by token.
+        improvement: the figure of `settings.effect`, base minus merged, paired by token: the loss
+            on held-out chats, or the KLD to the teacher on held-out general text.
         settings: whether an effect is required, and by how many standard errors.
     """
     errors = improvement.value / improvement.stderr if improvement.stderr > 0 else 0.0
+    name, figure = _EFFECTS[settings.effect]
     gates = [
         _at_least("effect_changed", float(num_changed), 1.0, "levels and steps", "changed in all"),
         _at_least(
-            "effect_loss",
+            name,
             errors,
             settings.effect_min_standard_errors,
             "standard errors",
-            f"held-out loss fell by {improvement.value:.4f} +- {improvement.stderr:.4f} nats/token",
+            f"{figure} fell by {improvement.value:.4f} +- {improvement.stderr:.4f} nats/token",
         ),
     ]
     if settings.require_effect:

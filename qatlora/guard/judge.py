@@ -17,6 +17,8 @@ _REMEDIES = {
     "set guard.require_effect=false for a smoke run.",
     "effect_loss": "Nothing measurable was learned: train longer (train.max_steps), raise "
     "train.learning_rate, or evaluate on more tokens (data.eval_tokens).",
+    "effect_kld": "The model came no nearer to its teacher: train longer (train.max_steps), change "
+    "train.learning_rate, or evaluate on more tokens (data.eval_tokens).",
     "drift": "The model forgot too much: raise teacher.general_kl_weight, lower "
     "train.learning_rate, or accept it with a larger guard.drift_kld_increase_max_nats.",
     "llama_cpp": "The runtime disagrees with training: check the pinned llama.cpp version.",

@@ -146,6 +146,16 @@ def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[f
     return float(match[1]), float(match[2])
 
 
+def quantize(gguf: Path, target: Path, other_type: str) -> None:
+    """Write `target` as llama-quantize's Q4_0, embeddings and output as `other_type` (q8_0, ...).
+
+    Raises:
+        ToolError: the program is missing or failed.
+    """
+    types = ["--token-embedding-type", other_type, "--output-tensor-type", other_type]
+    _run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
+
+
 def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="qatlora-prompt-") as scratch:
         prompt_file = Path(scratch) / "prompt.txt"

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -36,8 +37,13 @@ def changes_by_kind(changes: list[LayerChange]) -> list[KindChange]:
     groups: defaultdict[str, list[LayerChange]] = defaultdict(list)
     for change in changes:
         groups[layer_and_kind(change.tensor)[1]].append(change)
-    known = [kind for kind in _KIND_ORDER if kind in groups]
-    return [_summary(kind, groups[kind]) for kind in [*known, *sorted(set(groups) - set(known))]]
+    return [_summary(kind, groups[kind]) for kind in ordered_kinds(groups)]
+
+
+def ordered_kinds(kinds: Collection[str]) -> list[str]:
+    """Attention first, then the MLP, then what else there is by name."""
+    known = [kind for kind in _KIND_ORDER if kind in kinds]
+    return [*known, *sorted(set(kinds) - set(known))]
 
 
 def _summary(kind: str, group: list[LayerChange]) -> KindChange:

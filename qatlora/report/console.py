@@ -1,13 +1,17 @@
 """The table at the end of a run in the terminal: verdict, figures, gates, where the report lies."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
-from qatlora.report.results import GuardResult, RunReport
+from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -19,6 +23,10 @@ def to_console(report: RunReport) -> RenderableType:
     rows = score_rows(report)
     if rows:
         parts.append(_score_table(rows))
+    if report.inspect:
+        parts.append(_inspect_table(report.inspect))
+    if report.benchmark:
+        parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -34,6 +42,25 @@ def _score_table(rows: list[list[str]]) -> Table:
     for name in SCORE_HEADER:
         justify: JustifyMethod = "left" if name in ("text", "model") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def _inspect_table(result: InspectResult) -> Table:
+    table = Table(title="trained list", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in KIND_HEADER:
+        table.add_column(name.replace(" ", "\n"), justify="left" if name == "kind" else "right")
+    for row in kind_rows(result):
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
+    """The first column to the left, figures to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table

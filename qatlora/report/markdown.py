@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
+from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.formatting import (
@@ -21,10 +23,14 @@ from qatlora.report.formatting import (
     format_seconds,
     format_share,
 )
+from qatlora.report.inspect_plot import INSPECT_PLOT
+from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+
+_VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
 
 
 def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
@@ -37,6 +43,8 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
     sections = [
         ("", _verdict(report)),
+        ("Tensors on the grid", _inspection(report, plots)),
+        ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -61,20 +69,19 @@ def _verdict(report: RunReport) -> Iterator[str]:
     yield f"**{inline(outcome.headline)}**"
     yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
     yield "\n".join(
-        f"- {label}: {code_span(value) if label in _CODE else inline(value)}"
+        f"- {label}: {code_span(value) if label in _VERBATIM else inline(value)}"
         for label, value in [*facts(report), *_what_was_trained(report)]
     )
 
 
-_CODE = ("file", "folder", "sha256", "digest as a base")
-
-
 def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
     base, adapter = report.base, report.adapter
+    stored = f", stored as {base.storage}" if base.storage else ""
+    share = f", {format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid"
     yield (
         "base",
-        f"{base.name}, {format_large_count(base.parameters)} parameters, stored as {base.storage}, "
-        f"{format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid",
+        f"{base.name}, {format_large_count(base.parameters)} parameters{stored}"
+        f"{share if base.on_grid_share is not None else ''}",
     )
     if adapter:
         rank = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
@@ -85,6 +92,25 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{format_large_count(adapter.trainable_parameters)} parameters in "
             f"{adapter.tensors} tensors",
         )
+    if report.latents:
+        yield (
+            "trained weights",
+            f"{format_large_count(report.latents.trainable_parameters)} parameters in "
+            f"{report.latents.tensors} tensors, {report.latents.steps} steps",
+        )
+
+
+def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.inspect is not None:
+        yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
+        yield from inspect_tables(report.inspect)
+
+
+def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.benchmark is not None:
+        yield from benchmark_tables(report.benchmark)
+        yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
+        yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:

@@ -1,8 +1,4 @@
-"""The report's plots as PNG files: loss, distribution of per-token KLD, changes per layer.
-
-Figures are built without pyplot, so nothing global is touched. Colours are those of Okabe and Ito
-("Color Universal Design", 2008), told apart by line style and marker as well.
-"""
+"""The report's plots as PNG files: loss, distribution of per-token KLD, changes per layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
@@ -12,39 +8,42 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from qatlora.files import replacing
+from qatlora.report.axes import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    KIND_STYLES,
+    OTHER_STYLES,
+    PURPLE,
+    VERMILION,
+    new_panels,
+    whole_numbers,
+)
+from qatlora.report.benchmark_plot import (
+    FORGETTING_PLOT,
+    SPEED_PLOT,
+    forgetting_figure,
+    speed_figure,
+)
 from qatlora.report.changes import KindChange, changes_by_kind
+from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
 
 LOSS_PLOT = "loss.png"
 KLD_PLOT = "kld_histogram.png"
 CHANGES_PLOT = "changes.png"
 
-PANEL_INCHES = (5.6, 4.0)
-DOTS_PER_INCH = 140
-
-_BLUE, _SKY, _GREEN, _BLACK = "#0072B2", "#56B4E9", "#009E73", "#000000"
-_AMBER, _VERMILION, _PURPLE, _GREY = "#E69F00", "#D55E00", "#CC79A7", "#6F6F6F"
-
 # Merged is dashed and drawn last: where it equals trained, both stay visible.
 _MODEL_STYLES: dict[str, dict[str, Any]] = {
-    "base": {"color": _GREY, "linewidth": 1.6, "fill": True, "facecolor": "#6F6F6F33"},
-    "trained": {"color": _BLUE, "linewidth": 3.2, "alpha": 0.55},
-    "merged": {"color": _VERMILION, "linewidth": 1.5, "linestyle": (0, (4, 2))},
+    "base": {"color": GREY, "linewidth": 1.6, "fill": True, "facecolor": "#6F6F6F33"},
+    "trained": {"color": BLUE, "linewidth": 3.2, "alpha": 0.55},
+    "merged": {"color": VERMILION, "linewidth": 1.5, "linestyle": (0, (4, 2))},
 }
-_KIND_STYLES = {
-    "q": (_BLUE, "o"),
-    "k": (_SKY, "s"),
-    "v": (_GREEN, "^"),
-    "o": (_BLACK, "D"),
-    "gate": (_AMBER, "v"),
-    "up": (_VERMILION, "P"),
-    "down": (_PURPLE, "X"),
-}
-_OTHER_STYLES = ((_GREY, "*"), (_BLUE, "x"), (_VERMILION, "+"))
-
 _FEW_POINTS = 12  # below this, points are marked
 _SMOOTHED_FROM = 30  # from this on, a running mean is drawn over the steps
 
@@ -62,6 +61,9 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         LOSS_PLOT: loss_figure(report.train.history if report.train else []),
         KLD_PLOT: kld_figure(report.texts),
         CHANGES_PLOT: changes_figure(changes_by_kind(report.changes)),
+        INSPECT_PLOT: inspect_figure(report.inspect),
+        SPEED_PLOT: speed_figure(report.benchmark),
+        FORGETTING_PLOT: forgetting_figure(report.benchmark),
     }
     for name, figure in figures.items():
         if figure is None:
@@ -77,12 +79,12 @@ def loss_figure(history: Sequence[TrainPoint]) -> Figure | None:
     """Loss and cross-entropy over the steps, and in a second panel the KL terms; None if empty."""
     series: list[list[tuple[str, str, str, Callable[[TrainPoint], float | None]]]] = [
         [
-            ("total loss", _BLACK, "-", lambda point: point.loss),
-            ("cross-entropy", _BLUE, "--", lambda point: point.ce),
+            ("total loss", BLACK, "-", lambda point: point.loss),
+            ("cross-entropy", BLUE, "--", lambda point: point.ce),
         ],
         [
-            ("KL, task tokens", _VERMILION, "-", lambda point: point.kl),
-            ("KL, general text", _GREEN, "--", lambda point: point.general_kl),
+            ("KL, task tokens", VERMILION, "-", lambda point: point.kl),
+            ("KL, general text", GREEN, "--", lambda point: point.general_kl),
         ],
     ]
     panels = [
@@ -96,14 +98,14 @@ def loss_figure(history: Sequence[TrainPoint]) -> Figure | None:
     panels = [panel for panel in panels if panel]
     if not panels:
         return None
-    figure, axes = _panels(len(panels))
+    figure, axes = new_panels(len(panels))
     for axis, panel, title in zip(
         axes, panels, ("Training loss", "KL to the teacher"), strict=False
     ):
         for label, color, style, points in panel:
             _draw_course(axis, points, label, color, style)
         axis.set(title=title, xlabel="optimizer step", ylabel="nats per token")
-        axis.xaxis.set_major_locator(_whole_numbers())
+        axis.xaxis.set_major_locator(whole_numbers())
         axis.legend(frameon=False)
     return figure
 
@@ -121,11 +123,11 @@ def kld_figure(texts: dict[str, dict[str, TextResult]]) -> Figure | None:
     panels = {text: results for text, results in panels.items() if results}
     if not panels:
         return None
-    figure, axes = _panels(len(panels), share_axes=True)
+    figure, axes = new_panels(len(panels), share_axes=True)
     # The first bin starts at 0, which a log axis cannot show: it is drawn as wide as the second.
     edges = [KLD_BIN_EDGES[1] ** 2 / KLD_BIN_EDGES[2], *KLD_BIN_EDGES[1:]]
     for axis, (text, results) in zip(axes, panels.items(), strict=True):
-        others = cycle((_GREEN, _PURPLE, _AMBER))
+        others = cycle((GREEN, PURPLE, AMBER))
         for model, result in results.items():
             style = _MODEL_STYLES.get(model) or {"color": next(others), "linewidth": 1.6}
             counts = result.kld_histogram or []
@@ -157,11 +159,11 @@ def changes_figure(kinds: Sequence[KindChange]) -> Figure | None:
     shown = [("codes", 0)] if any_codes or not any_steps else []
     if any_steps:
         shown.append(("steps", 1))
-    figure, axes = _panels(len(shown))
+    figure, axes = new_panels(len(shown))
     for axis, (what, column) in zip(axes, shown, strict=True):
-        others = cycle(_OTHER_STYLES)
+        others = cycle(OTHER_STYLES)
         for kind in kinds:
-            color, marker = _KIND_STYLES.get(kind.kind) or next(others)
+            color, marker = KIND_STYLES.get(kind.kind) or next(others)
             shares = [layer[column] for layer in kind.by_layer.values()]
             axis.plot(
                 list(kind.by_layer), shares, color=color, marker=marker, markersize=4,
@@ -171,26 +173,9 @@ def changes_figure(kinds: Sequence[KindChange]) -> Figure | None:
         axis.set_ylabel(f"share of {what} changed")
         axis.set_ylim(bottom=0, top=None if any_codes or any_steps else 1)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.xaxis.set_major_locator(_whole_numbers())
+        axis.xaxis.set_major_locator(whole_numbers())
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
-
-
-def _panels(number: int, *, share_axes: bool = False) -> tuple[Figure, list[Axes]]:
-    width, height = PANEL_INCHES
-    figure = Figure(
-        figsize=(width * max(number, 2) if number > 1 else width * 1.4, height),
-        dpi=DOTS_PER_INCH,
-        layout="constrained",
-        facecolor="white",
-    )
-    axes = figure.subplots(1, number, squeeze=False, sharex=share_axes, sharey=share_axes)[0]
-    for axis in axes:
-        axis.grid(visible=True, color="#DDDDDD", linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelleft=True)
-    return figure, list(axes)
 
 
 def _draw_course(
@@ -207,10 +192,6 @@ def _draw_course(
         steps, list(_running_mean(values, width)), style, color=color, linewidth=2,
         label=f"{label}, {width}-step mean",
     )  # fmt: skip
-
-
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
 def _running_mean(values: Sequence[float], width: int) -> Iterator[float]:

@@ -7,42 +7,30 @@ Units stand in the names or here: losses and KLD in nats per token, perplexity =
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatlora.report.results_benchmark import BenchmarkResult
+from qatlora.report.results_build import BuildResult
+
 SCHEMA_VERSION = 1
 
 # Names of the evaluation texts and of the models that are compared on them.
 TEXTS = ("task", "general")
 MODELS = ("base", "trained", "merged")
+# Measured by some recipes only: llama.cpp's own Q4_0 of the bf16 weights.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
 class BaseResult:
-    """The base: `on_grid_share` is the share of the trained blocks on a grid in the checkpoint."""
+    """The base: `on_grid_share` is the share of the trained blocks on a grid in the checkpoint.
 
-    name: str
-    storage: str
-    parameters: int
-    on_grid_share: float
-    digest: str
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """A built folder, in the layout of `storage` (q4_0 or nf4).
-
-    `bytes` and `source_bytes` are those of the safetensors files; `modules` counts the quantized
-    linears per layer kind; `relative_error` is theirs against the source; an NF4 build was loaded
-    again and wrote `continuation` after `prompt`.
+    `storage` and `digest` (of steps and latents in memory) are None where no model was loaded.
     """
 
-    path: str
-    storage: str
-    bytes: int
-    source_bytes: int
-    modules: dict[str, int]
-    relative_error: float
-    source_digest: str
-    prompt: str | None = None
-    continuation: str | None = None
+    name: str
+    storage: str | None
+    parameters: int
+    on_grid_share: float | None
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,15 @@ class AdapterResult:
     alpha: float
     rounding: str
     dither: bool
+    trainable_parameters: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class LatentsResult:
+    """Weights that were trained themselves: where their steps come from, and how many they are."""
+
+    steps: str
     trainable_parameters: int
     tensors: int
 
@@ -138,12 +135,106 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
+class CheckpointResult:
+    """A HF folder on its grid; `differing_blocks`: recovered otherwise than they were deployed."""
+
+    path: str
+    bytes: int
+    on_grid_share: float
+    differing_blocks: int
+
+
+@dataclass(frozen=True)
 class LayerChange:
-    """Shares of one tensor's levels and steps that the adapter changed."""
+    """Shares of one tensor's levels and steps that training changed."""
 
     tensor: str
     levels_changed: float
     steps_changed: float
+
+
+@dataclass(frozen=True)
+class TensorInspection:
+    """One tensor of a checkpoint against the Q4_0 grid.
+
+    Errors are relative: sqrt(sum (decoded - w)^2 / sum w^2).
+
+    Attributes:
+        name: the module, without ``.weight``.
+        blocks: number of blocks of 32 weights.
+        zero_blocks: blocks of zeros alone: on every grid, with no peak level.
+        on_grid_share: share of blocks on a grid, zero blocks among them.
+        peak_levels: blocks on the grid whose largest level is 1, 2, .. 8.
+        reference_exact_share: share of blocks that llama.cpp's reference encoder reproduces.
+        error_reference: relative error of that encoder; None where a step overflows fp16.
+        error_ours: relative error of recovered, or off the grid searched, steps.
+    """
+
+    name: str
+    blocks: int
+    zero_blocks: int
+    on_grid_share: float
+    peak_levels: list[int]
+    reference_exact_share: float
+    error_reference: float | None
+    error_ours: float
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """A tensor that differs between two checkpoints.
+
+    Attributes:
+        name: the tensor's name in the files.
+        changed_share: share of weights with another value.
+        relative_size: sqrt(sum (after - before)^2 / sum before^2); None if all were zero before.
+        on_grid_before: share of blocks on a grid; None outside the trained list.
+        on_grid_after: the same after the edit.
+        blocks_off_grid: blocks that were on a grid before and are not after; None as above.
+    """
+
+    name: str
+    changed_share: float
+    relative_size: float | None
+    on_grid_before: float | None = None
+    on_grid_after: float | None = None
+    blocks_off_grid: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint against the one it was made from.
+
+    Attributes:
+        against: folder of the checkpoint before the edit.
+        tensors: number of tensors that both have.
+        edits: those of them that differ, in the order of their names.
+        stray: tensors that only the edited checkpoint has.
+        missing: tensors that only the one before has.
+    """
+
+    against: str
+    tensors: int
+    edits: list[TensorEdit]
+    stray: list[str]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """Whether a checkpoint's trained list lies on the Q4_0 grid; shares and errors over all of it.
+
+    `kind` is on_grid, partly or off_grid; `stored_types` counts tensors per type in the files.
+    """
+
+    kind: str
+    on_grid_share: float
+    reference_exact_share: float
+    error_reference: float | None
+    error_ours: float
+    stored_types: dict[str, int]
+    tensors: list[TensorInspection]
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -170,10 +261,14 @@ class RunReport:
     base: BaseResult
     build: BuildResult | None = None
     adapter: AdapterResult | None = None
+    latents: LatentsResult | None = None
     train: TrainResult | None = None
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
     export: ExportResult | None = None
+    inspect: InspectResult | None = None
+    checkpoint: CheckpointResult | None = None
+    benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

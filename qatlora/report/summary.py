@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
-from qatlora.report.results import BaseResult, BuildResult, RunReport, TextResult
+from qatlora.report.inspect_text import advice, headline
+from qatlora.report.results import BaseResult, RunReport, TextResult
+from qatlora.report.results_build import BuildResult
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,8 @@ class Verdict:
     Attributes:
         headline: the sentence, without what is in `reasons`.
         good: True for a guard that passed, False for one that failed, None where none ran.
-        reasons: one line per gate that failed, and the reason of an override.
+        reasons: one line per gate that failed, and the reason of an override; what an inspection
+            means.
     """
 
     headline: str
@@ -22,8 +25,11 @@ class Verdict:
 
 
 def verdict(report: RunReport) -> Verdict:
-    """The verdict on `report`: what was built, or what the guard said and what was published."""
-    if report.build:
+    """The verdict on `report`: what the guard said, what was found, or what was built."""
+    if report.inspect is not None:
+        good = True if report.inspect.kind == "on_grid" else None
+        return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
@@ -52,6 +58,11 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines.append(("file", report.export.path))
         lines.append(("size", f"{size}, tensors: {types}" if types else size))
         lines.append(("sha256", report.export.sha256))
+    if report.checkpoint:
+        lines.append(("checkpoint", report.checkpoint.path))
+        share = format_share(report.checkpoint.on_grid_share)
+        differing = format_figure(report.checkpoint.differing_blocks)
+        lines.append(("on its grid", f"{share} of the blocks; recovered otherwise: {differing}"))
     for text, results in report.texts.items():
         final = next((name for name in ("merged", "trained") if name in results), None)
         if "base" in results and final:

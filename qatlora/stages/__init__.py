@@ -1,1 +1,1 @@
-"""Stages that only some recipes have; each takes the `Run`, and pipeline.py lists them."""
+"""Stages that belong to one recipe; `qatlora.pipeline` lists them with all others."""

@@ -1,18 +1,18 @@
-"""Train an adapter: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
+"""Train adapters or latents: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
 
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from qatlora.adapters.attach import AdaptedModel
+from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.errors import TrainError
@@ -20,11 +20,39 @@ from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import TrainPoint, TrainResult
 from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run folder that holds one folder per checkpoint, named checkpoint-STEP."""
+
+_LAST_WRITTEN = "trainer_state.json"
+_FUSED_FROM = 1 << 24
+
 OnStep = Callable[[int], None]
 
 
+class Trainable(Protocol):
+    """What can be trained: a `GridModel`, or another tool's adapters to compare with."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The PEFT model; its trainable parameters are trained."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+
+    def parameter_groups(self) -> ParameterGroups:
+        """The trainable parameters by what they move."""
+
+    def keep_blocks(self, keep: bool) -> None:
+        """Keep deployed blocks from the forward to the backward pass, or not."""
+
+
 def train(
-    adapted: AdaptedModel,
+    adapted: Trainable,
     rows: list[Row],
     objective: Objective,
     settings: TrainConfig,
@@ -42,6 +70,7 @@ def train(
     Raises:
         TrainError: a loss that is not finite (the last checkpoint stays), or nothing to resume.
     """
+    checkpoint = last_checkpoint(run_dir / CHECKPOINTS) if settings.resume else None
     adapted.keep_blocks(settings.keep_blocks)
     log = StepLog(run_dir / "train_log.jsonl", resume=settings.resume, on_step=on_step)
     trainer = GridTrainer(
@@ -49,22 +78,14 @@ def train(
         model=adapted.model,
         args=_arguments(settings, logging, run_dir, seed, bf16=bf16),
         train_dataset=Dataset.from_list([training_record(row) for row in rows]),
-        data_collator=RowCollator(_pad_token_id(adapted)),
-        processing_class=adapted.base.tokenizer,
+        data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
+        processing_class=adapted.tokenizer,
         callbacks=[log],
-        optimizers=(_optimizer(adapted, settings), None),
+        optimizers=(build_optimizer(adapted, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
     start = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=settings.resume or None)
-    except ValueError as problem:
-        if "No valid checkpoint" not in str(problem):
-            raise
-        raise TrainError(
-            f"train.resume=true, but {run_dir / 'checkpoints'} holds no whole checkpoint. Give the "
-            "run_dir of the killed run, or start anew with train.resume=false."
-        ) from None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     adapted.model.eval()
     losses = [point.loss for point in log.history]
     return TrainResult(
@@ -83,7 +104,7 @@ def _arguments(
 ) -> SFTConfig:
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(run_dir / "checkpoints"),
+        output_dir=str(run_dir / CHECKPOINTS),
         use_cpu=on_cpu,
         bf16=bf16,
         max_steps=settings.max_steps,
@@ -113,21 +134,34 @@ def _arguments(
     )
 
 
-def _optimizer(adapted: AdaptedModel, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate for the level factors and one for the step factors."""
-    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
-    for name, parameter in adapted.model.named_parameters():
-        if parameter.requires_grad:
-            groups["lora_steps_" in name].append(parameter)
-    rates = {False: settings.learning_rate, True: settings.steps_learning_rate}
+def last_checkpoint(folder: Path) -> Path:
+    """The latest whole checkpoint; one that a kill cut off lacks the file that is written last.
+
+    Raises:
+        TrainError: there is none.
+    """
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{_LAST_WRITTEN}")]
+    if not whole:
+        raise TrainError(
+            f"train.resume=true, but {folder} holds no whole checkpoint. Give the run_dir of the "
+            "killed run, or start anew with train.resume=false."
+        )
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def build_optimizer(adapted: Trainable, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a learning rate for the levels and one for the steps."""
+    groups = adapted.parameter_groups()
+    rated = ((groups.levels, settings.learning_rate), (groups.steps, settings.steps_learning_rate))
     return torch.optim.AdamW(
-        [{"params": group, "lr": rates[is_steps]} for is_steps, group in groups.items() if group],
+        [{"params": group, "lr": rate} for group, rate in rated if group],
         weight_decay=settings.weight_decay,
+        # One pass over parameter, gradient and moments: it matters where these are whole weights.
+        fused=True if adapted.num_trainable > _FUSED_FROM else None,
     )
 
 
-def _pad_token_id(adapted: AdaptedModel) -> int:
-    tokenizer = adapted.base.tokenizer
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 

@@ -7,10 +7,14 @@ whole step, over all micro-batches and processes, so the loss does not depend on
          + general_kl_weight * mean KL(replay)
 """
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -19,9 +23,11 @@ from trl import SFTTrainer
 from qatlora.data.rows import Row
 from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chunked_loss
 from qatlora.distill.losses import IGNORED_LABEL
+from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
 
 _TERMS = ("ce", "kl", "general_kl")
+_PARAMETERS = "trainable.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,5 +155,38 @@ class GridTrainer(SFTTrainer):
             self._counts.zero_()
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoint the trainable parameters: all that training changes in a model."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(dict(_trainable(self.model)), folder / _PARAMETERS)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Take the trainable parameters back.
+
+        Raises:
+            TrainError: the checkpoint is of another run.
+        """
+        path = Path(resume_from_checkpoint) / _PARAMETERS
+        parameters = dict(_trainable(self.model if model is None else model))
+        stored = load_file(path) if path.is_file() else {}
+        shapes = ({n: t.shape for n, t in one.items()} for one in (parameters, stored))
+        if operator.ne(*shapes):
+            raise TrainError(
+                f"{path} holds {len(stored)} parameters, and this run trains {len(parameters)} "
+                "whose names or shapes differ: it is the checkpoint of another run. Set what is "
+                "trained as in the killed run, or start anew with train.resume=false."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none: SFTTrainer would put one into every checkpoint, and that is no result."""
+
+
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)

@@ -120,7 +120,7 @@ def test_hidden_states_carry_a_graph_for_training():
 @pytest.mark.parametrize("make", [llama, gemma])
 def test_scores_equal_those_of_each_window_alone(make, rows):
     model = make().eval()
-    scores = evaluate_text(model, LmHead.of(model), rows, settings=EXACT)
+    (scores,) = evaluate_text(model, rows, settings=EXACT)
     wanted = []
     for row in rows:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def test_divergence_of_a_model_from_itself_is_exactly_zero(make, dtype, rows):
     model = make()
     settings = ScoreSettings(batch_tokens=40, compute_dtype=dtype)
     reference = reference_states(model, rows, settings)
-    scores = evaluate_text(model, LmHead.of(model), rows, reference, settings)
+    (scores,) = evaluate_text(model, rows, [reference], settings)
     assert reference.hidden.dtype == dtype
     assert scores.kld.abs().max() == 0
     assert summarize(scores).kld.same_top == 1
@@ -144,7 +144,7 @@ def test_divergence_of_a_model_from_itself_is_exactly_zero(make, dtype, rows):
 def test_divergence_equals_that_of_full_logits(rows):
     model, other = llama(1).eval(), llama(2).eval()
     reference = reference_states(other, rows, EXACT)
-    scores = evaluate_text(model, LmHead.of(model), rows, reference, EXACT)
+    (scores,) = evaluate_text(model, rows, [reference], EXACT)
     first = torch.tensor([rows[0].input_ids])
     with torch.no_grad():
         log_q = model(first).logits[0].double().log_softmax(-1)
@@ -154,18 +154,33 @@ def test_divergence_equals_that_of_full_logits(rows):
     torch.testing.assert_close(scores.kld[: len(at)].double(), kld[at], rtol=1e-4, atol=1e-5)
 
 
+def test_two_references_in_one_pass_give_the_scores_of_two_passes(rows):
+    model, others = llama(1), [llama(2), llama(3)]
+    references = [reference_states(other, rows, EXACT) for other in others]
+    together = evaluate_text(model, rows, references, EXACT)
+    for scores, reference in zip(together, references, strict=True):
+        (alone,) = evaluate_text(model, rows, [reference], EXACT)
+        assert torch.equal(scores.kld, alone.kld)
+        assert torch.equal(scores.nll, alone.nll)
+        assert torch.equal(scores.same_top, alone.same_top)
+        assert torch.equal(scores.reference_nll, alone.reference_nll)
+    assert not torch.equal(together[0].kld, together[1].kld)
+
+
 def test_batching_changes_rounding_only(rows):
     model = llama()
-    together = evaluate_text(model, LmHead.of(model), rows, settings=EXACT)
+    (together,) = evaluate_text(model, rows, settings=EXACT)
     one_by_one = ScoreSettings(batch_tokens=1, compute_dtype=torch.float32)
-    alone = evaluate_text(model, LmHead.of(model), rows, settings=one_by_one)
+    (alone,) = evaluate_text(model, rows, settings=one_by_one)
     torch.testing.assert_close(together.nll, alone.nll, rtol=1e-4, atol=1e-5)
 
 
 def test_progress_adds_up_to_the_scored_tokens(rows):
     model = llama()
     steps: list[int] = []
-    scores = evaluate_text(model, LmHead.of(model), rows, settings=EXACT, on_tokens=steps.append)
+    (scores,) = evaluate_text(
+        model, rows, settings=EXACT, on_batch=lambda batch: steps.append(len(batch.targets))
+    )
     assert sum(steps) == len(scores.nll)
     assert len(steps) > 1
 
@@ -173,7 +188,7 @@ def test_progress_adds_up_to_the_scored_tokens(rows):
 def test_training_mode_is_restored(rows):
     model = llama().train()
     model.model.norm.eval()
-    evaluate_text(model, LmHead.of(model), rows, settings=EXACT)
+    evaluate_text(model, rows, settings=EXACT)
     assert model.training
     assert model.model.layers[0].training
     assert not model.model.norm.training
@@ -183,15 +198,15 @@ def test_reference_of_other_tokens_is_refused(rows):
     model = llama()
     reference = reference_states(model, rows[:2], EXACT)
     with pytest.raises(DataError, match="same rows"):
-        evaluate_text(model, LmHead.of(model), rows, reference, EXACT)
+        evaluate_text(model, rows, [reference], EXACT)
     with pytest.raises(DataError, match="same rows"):
-        evaluate_text(model, LmHead.of(model), rows[:1], reference, EXACT)
+        evaluate_text(model, rows[:1], [reference], EXACT)
 
 
 def test_rows_without_a_scored_token_are_refused():
     model = llama()
     with pytest.raises(DataError, match="-100 everywhere"):
-        evaluate_text(model, LmHead.of(model), [Window([1, 2], [-100, -100])], settings=EXACT)
+        evaluate_text(model, [Window([1, 2], [-100, -100])], settings=EXACT)
 
 
 def test_model_without_an_output_layer_is_refused():

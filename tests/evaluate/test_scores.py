@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qatlora.distill import LmHead
 from qatlora.errors import ConfigError
-from qatlora.evaluate import ScoreSettings, score_tokens
+from qatlora.evaluate import Reference, ScoreSettings, score_tokens
 
 EXACT = ScoreSettings(chunk_tokens=5, chunk_words=16, compute_dtype=torch.float32)
 
@@ -23,9 +23,9 @@ class Pair:
         self.targets = torch.randint(0, 97, (23,), generator=generator)
 
     def score(self, settings: ScoreSettings = EXACT):
-        return score_tokens(
-            self.hidden, self.head, self.targets, self.other, self.other_head, settings
-        )
+        other = Reference(self.other, self.other_head)
+        (scores,) = score_tokens(self.hidden, self.head, self.targets, [other], settings)
+        return scores
 
     def log_probs(self) -> tuple[Tensor, Tensor]:
         raw = self.hidden.double() @ self.head.weight.double().T + self.head.bias
@@ -60,9 +60,8 @@ def test_tile_sizes_change_rounding_only():
 def test_divergence_from_itself_is_exactly_zero(dtype):
     pair = Pair(10.0)
     settings = ScoreSettings(chunk_tokens=7, chunk_words=40, compute_dtype=dtype)
-    scores = score_tokens(
-        pair.hidden, pair.head, pair.targets, pair.hidden.clone(), pair.head, settings
-    )
+    itself = Reference(pair.hidden.clone(), pair.head)
+    (scores,) = score_tokens(pair.hidden, pair.head, pair.targets, [itself], settings)
     assert scores.kld.abs().max() == 0
     assert scores.same_top.all()
     assert torch.equal(scores.nll, scores.reference_nll)
@@ -70,7 +69,7 @@ def test_divergence_from_itself_is_exactly_zero(dtype):
 
 def test_nll_is_the_same_with_and_without_a_reference():
     pair = Pair()
-    alone = score_tokens(pair.hidden, pair.head, pair.targets, settings=EXACT)
+    (alone,) = score_tokens(pair.hidden, pair.head, pair.targets, settings=EXACT)
     assert torch.equal(alone.nll, pair.score().nll)
     assert alone.kld is None
 
@@ -79,13 +78,14 @@ def test_equal_tops_go_to_the_first_word():
     head = LmHead(torch.zeros(50, 4))
     hidden, other = torch.ones(2, 4), LmHead(torch.zeros(50, 4), -torch.arange(50.0))
     settings = ScoreSettings(chunk_words=8, compute_dtype=torch.float32)
-    scores = score_tokens(hidden, head, torch.tensor([1, 49]), hidden, other, settings)
+    (scores,) = score_tokens(
+        hidden, head, torch.tensor([1, 49]), [Reference(hidden, other)], settings
+    )
     assert scores.same_top.all()
 
 
 def test_reference_of_another_vocabulary_is_refused():
     pair = Pair()
+    other = Reference(pair.hidden, LmHead(torch.ones(96, 24)))
     with pytest.raises(ConfigError, match="96 words, the model 97"):
-        score_tokens(
-            pair.hidden, pair.head, pair.targets, pair.hidden, LmHead(torch.ones(96, 24)), EXACT
-        )
+        score_tokens(pair.hidden, pair.head, pair.targets, [other], EXACT)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qatlora.errors import GridError
-from qatlora.grid import Q4Blocks, decode, encode_reference, explains, recover
+from qatlora.grid import Q4Blocks, decode, detect, encode_reference, explains, recover
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -101,6 +101,74 @@ def test_decoded_blocks_are_explained_exactly(
     assert not wrong_way.any()
     if stored == torch.float32:  # nothing is lost in storage, so no larger step is missed
         assert ((found.steps.abs() >= fp16) | (weight == 0).all(-1, keepdim=True)).all()
+
+
+def exact_peak_level(block: torch.Tensor) -> int | None:
+    """The lowest peak level at which some fp16 step decodes to the stored block: by trying all."""
+    peak = block.float().abs().max()
+    if peak == 0:
+        return 0
+    for peak_level in range(1, 9):
+        near = (peak / peak_level).half().view(torch.int16)
+        steps = (near + torch.arange(-40, 41, dtype=torch.int16)).view(torch.float16).float()
+        steps = torch.cat([steps, -steps])[:, None]
+        levels = (block.float() / steps).round().clamp(-8, 7)
+        exact = ((levels * steps).to(block.dtype) == block).all(-1)
+        if (exact & (levels.abs().amax(-1) == peak_level)).any():
+            return peak_level
+    return None
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_the_exact_fit_of_the_largest_step_is_the_one_that_trying_all_steps_finds(
+    stored: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    divisors = torch.randint(1, 5, (150, 1), generator=generator)
+    levels = torch.randint(-8, 8, (150, 32), generator=generator).div(
+        divisors, rounding_mode="trunc"
+    )
+    levels[:50] = (levels[:50] * divisors[:50]).clamp(-8, 7)  # with a common divisor
+    steps = 0.01 * (1 + torch.rand(150, 1, generator=generator))
+    steps[::3] = steps[::3].bfloat16().float()
+    weight = (levels * steps.half().float()).to(stored)
+    weight[75:100] = (levels[75:100] * steps[75:100]).to(stored)  # fp32 steps
+    weight[100:110] = torch.randn(10, 32, generator=generator).to(stored)
+    found, on_grid = recover(weight)
+    for row, block in enumerate(weight):
+        peak_level = exact_peak_level(block)
+        if peak_level is not None:
+            assert on_grid[row]
+            assert found.levels[row].abs().max() == peak_level
+            assert explains(
+                Q4Blocks(*(part[row : row + 1] for part in found)), weight[row : row + 1]
+            )
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_detection_is_recovery_without_the_search(stored: torch.dtype) -> None:
+    exact, _ = on_grid_weight(torch.float32, rows=4)
+    weight = torch.cat([exact, ordinary_weight("gauss")[:4], torch.zeros(1, 2048)]).to(stored)
+    assert torch.equal(detect(weight), recover(weight).on_grid)
+    assert detect(weight.view(3, 3, 2048)).shape == (3, 3, 64)
+
+
+@pytest.mark.parametrize("parameter", range(3))
+def test_few_false_positives_even_of_weights_that_another_grid_made(parameter: int) -> None:
+    """Uniform 4-bit blocks with a minimum (Q4_1), 8 bits, and NF4-like levels are not Q4_0."""
+    weight = ordinary_weight("gauss")
+    blocks = weight.view(-1, 32)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    if parameter == 0:
+        step = ((high - low) / 15).half().float()
+        made = ((blocks - low) / step).round() * step + low.half().float()
+    elif parameter == 1:
+        step = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+        made = (blocks / step).round() * step
+    else:
+        peak = blocks.abs().amax(-1, keepdim=True)
+        made = (blocks / peak).mul(2.5).tanh().mul(7).round().div(7.2).atanh().div(2.5) * peak
+    assert recover(made.view_as(weight).bfloat16()).on_grid.float().mean() < 0.005
 
 
 @pytest.mark.parametrize("divisor", range(1, 8))

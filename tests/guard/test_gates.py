@@ -1,6 +1,6 @@
 import pytest
 
-from qatlora.config import GuardConfig
+from qatlora.config import Effect, GuardConfig
 from qatlora.evaluate import KldSummary, Mean
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
 from qatlora.guard.judge import explain, verdict
@@ -71,6 +71,14 @@ def test_an_effect_is_a_change_and_a_loss_that_fell_by_some_standard_errors(
 ):
     found = statuses(effect_gates(num_changed, improvement, LIMITS))
     assert found == {"effect_changed": changed, "effect_loss": loss}
+
+
+def test_a_distillation_is_judged_by_the_kld_to_its_teacher():
+    limits = GuardConfig(effect=Effect.teacher_kld)
+    good, bad = (effect_gates(1, Mean(value, 0.1), limits)[1] for value in (0.3, 0.1))
+    assert (good.name, good.status, bad.status) == ("effect_kld", "passed", "failed")
+    assert good.message == "KLD to the teacher on general text fell by 0.3000 +- 0.1000 nats/token"
+    assert "came no nearer" in explain(verdict([bad], None))
 
 
 def test_no_effect_is_asked_for_when_none_is_required():

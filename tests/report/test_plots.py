@@ -4,13 +4,12 @@ import matplotlib as mpl
 import pytest
 from matplotlib.image import imread
 
+from qatlora.report.axes import DOTS_PER_INCH, PANEL_INCHES
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.plots import (
     CHANGES_PLOT,
-    DOTS_PER_INCH,
     KLD_PLOT,
     LOSS_PLOT,
-    PANEL_INCHES,
     changes_figure,
     kld_figure,
     loss_figure,

@@ -1,0 +1,1 @@
+"""What qatlora's adapters cost and keep, beside plain PEFT on the same base."""

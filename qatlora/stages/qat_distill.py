@@ -1,0 +1,39 @@
+"""Stages of recipe=qat_distill: what llama.cpp alone would make of the base, and the new base."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from qatlora import __version__
+from qatlora.export.checkpoint import save_checkpoint
+from qatlora.grid import Q4Blocks, encode_reference
+from qatlora.report.results import REFERENCE
+from qatlora.state import Run
+
+
+def evaluate_reference(state: Run) -> None:
+    """Score what llama-quantize makes of the checkpoint: what a user has without this recipe."""
+    adapted, evaluation = state.adapted, state.evaluation
+
+    def reference() -> Iterator[tuple[str, Q4Blocks]]:
+        for name in state.base.grid:
+            weight = state.source.tensor(f"{name}.weight").to(state.device)
+            yield name, encode_reference(weight)
+
+    with (
+        adapted.held_weights(state.dtype, reference()),
+        state.bar(f"evaluate {REFERENCE}", evaluation.num_tokens, "tokens") as advance,
+    ):
+        evaluation.measure(REFERENCE, adapted.model, advance)
+
+
+def save_base(state: Run) -> None:
+    """Write the deployed model as a bf16 checkpoint on its grid: a base for later runs."""
+    made_by = {
+        "qatlora": __version__,
+        "recipe": state.cfg.card.name,
+        "base": state.base.name,
+        "base_digest": state.base.digest,
+        "rule": str(dataclasses.asdict(state.adapted.rule)),
+    }
+    with state.bar("save base", len(state.base.grid), "tensors") as advance:
+        state.checkpoint = save_checkpoint(state.adapted, state.run_dir / "base", made_by, advance)

@@ -1,0 +1,49 @@
+"""A run of the whole pipeline on a tiny base: its data and its settings."""
+
+import json
+from pathlib import Path
+
+from qatlora.config import DataKind, RootConfig
+
+STAGES = [
+    "preflight", "load_data", "load_base", "attach", "evaluate_base", "train", "save_adapter",
+    "evaluate_trained", "write_candidate", "guard", "publish", "report",
+]  # fmt: skip
+
+
+def write_data(folder: Path) -> dict[str, Path]:
+    """Conversations and general text, small enough for a model of two layers."""
+    chats, text = folder / "chats.jsonl", folder / "general.txt"
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say the number {number} in one short sentence."},
+                {"role": "assistant", "content": f"The number is {number}, and that is all."},
+            ]
+        }
+        for number in range(60)
+    ]
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    paragraphs = [
+        f"Paragraph {number}. The quick brown fox jumps over {number} lazy dogs and then runs home "
+        "to eat a warm supper with seven old friends who never ask where it has been all day."
+        for number in range(60)
+    ]
+    text.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return {"chats": chats, "text": text}
+
+
+def settings(base: Path, data: dict[str, Path], run_dir: Path) -> RootConfig:
+    """Four steps on a tiny base, with a guard that asks for no effect."""
+    cfg = RootConfig(stages=list(STAGES), run_dir=str(run_dir), seed=1)
+    cfg.card.name = "chat_sft"
+    cfg.base.path, cfg.base.name = str(base), "tiny"
+    cfg.data.kind, cfg.data.path = DataKind.jsonl, str(data["chats"])
+    cfg.data.general, cfg.data.max_length_tokens = str(data["text"]), 128
+    cfg.data.eval_tokens, cfg.data.num_prompts = 64, 1
+    cfg.train.max_steps, cfg.train.rows_per_step, cfg.train.micro_batch_rows = 4, 4, 2
+    cfg.train.learning_rate, cfg.train.save_steps = 2e-2, 2
+    cfg.evaluate.sample_max_new_tokens = 4
+    cfg.guard.require_effect, cfg.guard.drift_kld_increase_max_nats = False, 10.0
+    cfg.logging.progress_bars = False
+    return cfg
