@@ -20,6 +20,7 @@ from qatlora.errors import ConfigError
 STAGES = (
     "preflight",
     "inspect",
+    "build",
     "load_data",
     "load_base",
     "attach",
@@ -342,6 +343,19 @@ class ExportConfig:
 
 
 @dataclass
+class BuildConfig:
+    """The folder that recipes q4_0_build and nf4_build write; storage.kind says which."""
+
+    path: str | None = None
+    """Folder to be made; null: inside the run folder, named after the base."""
+    max_shard_gb: float = 4.0
+    """Size of a safetensors file at most, in 10^9 bytes."""
+    prompt: str = "The capital of France is"
+    """What an NF4 build must go on from before it is kept."""
+    max_new_tokens: int = 16
+
+
+@dataclass
 class InspectConfig:
     """What a checkpoint is compared with."""
 
@@ -409,6 +423,7 @@ class RootConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -452,7 +467,7 @@ def _refuse_added_keys(cfg: DictConfig, schema: DictConfig, prefix: str = "") ->
 
 
 def _settle_paths(root: RootConfig) -> None:
-    for section in (root.base, root.adapter, root.data, root.teacher):
+    for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
     if root.inspect.against is not None:

@@ -40,6 +40,7 @@ _MINIMA = {
     "train.save_steps": 1,
     "evaluate.tokens_per_chunk": 1,
     "evaluate.sample_max_new_tokens": 1,
+    "build.max_new_tokens": 1,
     "guard.identity_max_differing_blocks": 0,
     "guard.effect_min_standard_errors": 0,
     "guard.roundtrip_kld_mean_max_nats": 0,
@@ -64,6 +65,7 @@ _POSITIVE = (
     "train.learning_rate",
     "train.steps_learning_rate",
     "train.max_grad_norm",
+    "build.max_shard_gb",
     "benchmark.steps_rate_factor",
 )
 

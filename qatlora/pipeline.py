@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
 
 from qatlora import __version__, files, preflight, progress
 from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
@@ -26,14 +25,15 @@ from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
-from qatlora.base.layout import find_layout
-from qatlora.base.load import load_base, load_plain, load_tokenizer
+from qatlora.base.layout import find_layout, plain_config
+from qatlora.base.load import load_base, load_tokenizer
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
+from qatlora.base.teacher import load_teacher
 from qatlora.config import Effect, RootConfig, TeacherKind, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
-from qatlora.errors import AdapterError, ConfigError
+from qatlora.errors import AdapterError
 from qatlora.evaluate import KldSummary, Mean, ScoreSettings, mean_difference
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
@@ -49,6 +49,7 @@ from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
 from qatlora.stages.benchmark import benchmark
+from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
@@ -88,7 +89,9 @@ def _preflight(state: Run) -> None:
         check_converter()
     if "inspect" in cfg.stages:
         check_inspect(state)
-    if "load_base" in cfg.stages:
+    if "build" in cfg.stages:
+        check_build(state)
+    if {"build", "load_base"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -116,23 +119,7 @@ def _load_base(state: Run) -> None:
         )
     deploy_embeddings(state.base.model, cfg.export.other_type.name)
     if cfg.teacher.kind is TeacherKind.bf16:
-        state.teacher = _load_teacher(state)
-
-
-def _load_teacher(state: Run) -> PreTrainedModel:
-    path = state.cfg.teacher.path
-    if path is None and state.source.nf4_modules:
-        raise ConfigError(
-            f"{state.source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
-            "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
-        )
-    folder = state.source.folder if path is None else Path(path)
-    if path is not None and load_tokenizer(folder).get_vocab() != state.tokenizer.get_vocab():
-        raise ConfigError(
-            f"The teacher in {folder} has another vocabulary than the base, and probabilities of "
-            "different tokens cannot be compared. Take a teacher of the same family."
-        )
-    return load_plain(folder, state.device, torch.bfloat16)
+        state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
 
 
 def _attach(state: Run) -> None:
@@ -223,7 +210,7 @@ def _guard(state: Run) -> None:
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
     with state.adapted.held_weights(state.dtype):
         self_kld = evaluation.self_kld_max(state.adapted.model)
-    config = AutoConfig.from_pretrained(state.source.folder)
+    config = plain_config(state.source.folder)
     merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
     roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
@@ -253,6 +240,7 @@ def _write_report(state: Run) -> None:
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
     "inspect": inspect,
+    "build": build,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,

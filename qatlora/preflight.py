@@ -17,7 +17,7 @@ import torch
 from qatlora.base.layout import Layout
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import BenchmarkSuite, RootConfig, Trained
+from qatlora.config import BenchmarkSuite, RootConfig, Storage, Trained
 from qatlora.distill import LossSettings
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
@@ -53,6 +53,8 @@ class Needs:
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    if "build" in cfg.stages:
+        return _estimate_build(cfg, layout)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
@@ -118,6 +120,18 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
     largest = max(math.prod(shape) for shape in source.shapes().values())
     memory = _IMPORTED_LIBRARIES_BYTES + _STREAMED_BYTES_PER_WEIGHT * largest + _PART_BYTES
     return Needs(memory, _REPORT_BYTES, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
+
+
+def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
+    """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
+    others = layout.num_parameters - layout.num_grid_weights
+    bits = _BITS_PER_WEIGHT[cfg.storage.kind.name]
+    built = layout.num_grid_weights * bits / 8 + others * _BF16_BYTES
+    memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
+    memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
+    if cfg.storage.kind is Storage.nf4:
+        memory += built
+    return Needs(memory, built, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
 
 
 def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:

@@ -37,6 +37,7 @@ from qatlora.report.results import (
     StageTime,
     TrainResult,
 )
+from qatlora.report.results_build import BuildResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -58,6 +59,8 @@ class Run:
     benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
+    build: BuildResult | None = None
+    built_base: BaseResult | None = None  # the base that a built folder is
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
     adapted: GridModel | None = None
@@ -100,6 +103,7 @@ def report_of(state: Run) -> RunReport:
     return RunReport(
         recipe=state.cfg.card.name,
         base=_base_result(state),
+        build=state.build,
         adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
         latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,
@@ -121,12 +125,14 @@ def report_of(state: Run) -> RunReport:
 
 
 def _base_result(state: Run) -> BaseResult:
-    """The loaded base; a recipe that loads none knows it from its headers."""
+    """The loaded base or what was built of it; else what the headers tell."""
     base = state.base
     if base is not None:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
+    if state.built_base is not None:
+        return state.built_base
     share = state.inspection.on_grid_share if state.inspection else None
     return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 

@@ -10,14 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qatlora import pipeline
 from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.base.layout import find_layout
 from qatlora.base.load import LoadedBase, load_base, load_tokenizer
 from qatlora.base.source import find_source
-from qatlora.config import BaseConfig, ExportConfig, Storage, StorageConfig
+from qatlora.config import (
+    BaseConfig,
+    BuildConfig,
+    ExportConfig,
+    RootConfig,
+    Storage,
+    StorageConfig,
+)
 from qatlora.export.candidate import Candidate, write_candidate
 from qatlora.grid import Q4Blocks, decode, encode_reference
+from qatlora.report.results import RunReport
 
 RULE = AdapterRule(
     kind="lora", rank=4, alpha=8.0, steps_rank=4, rounding="frozen", dither="auto", seed=5
@@ -93,3 +102,17 @@ def on_grid_folder(source: Path, target: Path) -> dict[str, Q4Blocks]:
     moved = {f"{name}.weight": decode(block, torch.bfloat16) for name, block in blocks.items()}
     edit_tensors(target, moved)
     return blocks
+
+
+def built_folder(source: Path, target: Path, kind: str, **settings: Any) -> RunReport:
+    """Build `target` from a checkpoint with the recipe's own stages; returns the report."""
+    cfg = RootConfig(stages=["preflight", "build", "report"], run_dir=f"{target}-run")
+    cfg.card.name = f"{kind}_build"
+    cfg.base.path, cfg.base.name, cfg.storage.kind = str(source), "tiny", Storage[kind]
+    cfg.build = BuildConfig(**{"path": str(target), "max_new_tokens": 4} | settings)
+    cfg.train.device, cfg.logging.progress_bars = "cpu", False
+    return pipeline.run(cfg)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

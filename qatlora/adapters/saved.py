@@ -21,8 +21,8 @@ from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.base.load import LoadedBase
 from qatlora.errors import AdapterError
+from qatlora.grid import GRID_VERSION
 
-GRID_VERSION = 1
 PEFT_TYPE = "QATLORA"
 _CONFIG, _WEIGHTS, _IDENTITY = "adapter_config.json", "adapter_model.safetensors", "identity.json"
 

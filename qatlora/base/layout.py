@@ -1,10 +1,11 @@
 """What the three lists of an architecture select in one checkpoint, before a weight is read."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
 from qatlora.base.source import Source
@@ -22,16 +23,20 @@ class Layout:
         nf4: modules stored as NF4 when storage=nf4.
         grid: modules that are Q4_0 in the GGUF.
         not_nf4: the other linears, which storage=nf4 leaves in bf16.
+        tied: whether the embeddings and lm_head are one tensor.
         num_parameters: all parameters, tied ones once.
         num_grid_weights: weights of the modules in `grid`.
+        max_grid_weights: weights of the largest of them.
     """
 
     trained: tuple[str, ...]
     nf4: tuple[str, ...]
     grid: tuple[str, ...]
     not_nf4: tuple[str, ...]
+    tied: bool
     num_parameters: int
     num_grid_weights: int
+    max_grid_weights: int
 
 
 def find_layout(source: Source, settings: BaseConfig) -> Layout:
@@ -39,10 +44,10 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
 
     Raises:
         CheckpointError: unknown architecture, nothing matches, a width is no multiple of 32, or a
-            stored NF4 build quantizes other modules than the list says.
+            build quantizes other modules than the lists say.
     """
     lists = tensor_lists(source.model_type, settings.trained)
-    config = AutoConfig.from_pretrained(source.folder)
+    config = plain_config(source.folder)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     trained = matching_linears(skeleton, lists.trained)
@@ -51,6 +56,8 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     for name in grid:
         require_block_width(name, skeleton.get_submodule(name).in_features, BLOCK_SIZE)
     _require_same_nf4(source, set(nf4))
+    _require_packed_fit(source, grid, skeleton)
+    sizes = [skeleton.get_submodule(name).weight.numel() for name in grid]
     return Layout(
         trained=tuple(trained),
         nf4=tuple(nf4),
@@ -60,9 +67,20 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
             for name, module in skeleton.named_modules()
             if isinstance(module, nn.Linear) and name not in nf4
         ),
+        # Asked of the model: config.json may be silent about it, as Gemma's is.
+        tied=skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        num_grid_weights=sum(skeleton.get_submodule(name).weight.numel() for name in grid),
+        num_grid_weights=sum(sizes),
+        max_grid_weights=max(sizes),
     )
+
+
+def plain_config(folder: Path) -> PreTrainedConfig:
+    """The configuration without marks of quantization, on which transformers would act."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _require_same_nf4(source: Source, wanted: set[str]) -> None:
@@ -77,3 +95,21 @@ def _require_same_nf4(source: Source, wanted: set[str]) -> None:
         "so it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes "
         "the decoder linears only."
     )
+
+
+def _require_packed_fit(source: Source, grid: list[str], skeleton: nn.Module) -> None:
+    """A packed build must fit its own config.json and the Q4_0 list in force."""
+    if extra := sorted(source.packed_modules - set(grid)):
+        raise CheckpointError(
+            f"{source.folder} holds {extra[0]} as packed Q4_0, which is not in the Q4_0 list: it "
+            "was built with another base.trained. Give the same base.trained as for the build."
+        )
+    for name in source.packed_modules:
+        linear = skeleton.get_submodule(name)
+        num_blocks = linear.weight.numel() // BLOCK_SIZE
+        if source.record is not None and source.record.blocks[name] != num_blocks:
+            raise CheckpointError(
+                f"{name} in {source.folder} holds {source.record.blocks[name]} blocks of "
+                f"{BLOCK_SIZE}, and its config.json calls for {num_blocks}: they belong to other "
+                "models. Copy the folder again."
+            )

@@ -1,19 +1,16 @@
 """Load a checkpoint so that every trained linear knows its steps and latent levels.
 
-    Source (folder) -> transformers model in bf16 or NF4 -> GridLinear for each trained linear
+    Source (folder) -> transformers model in bf16 or NF4 -> GridLinear for each Q4_0 linear
 
-The steps always come from the best weights at hand: recovered or searched from the bf16 source, or,
-for a public NF4 build without its source, searched from the dequantized NF4 with a warning.
+Where the steps come from is told in `qatlora.base.grids`. A packed Q4_0 build never becomes a dense
+model: its linears are left out until their `GridLinear` takes their place.
 """
 
-import hashlib
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,17 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qatlora.base.grids import ON_GRID_SHARE, base_digest, layer_grid
 from qatlora.base.layout import Layout
 from qatlora.base.linear import GridLinear
-from qatlora.base.source import Source
-from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store, Store, dequantized_nf4
+from qatlora.base.packed import model_unpacked, model_without_packed
+from qatlora.base.record import is_packed
+from qatlora.base.source import Source, read_source
 from qatlora.config import StorageConfig
 from qatlora.errors import CheckpointError
-from qatlora.grid import Recovered, recover
-
-# A checkpoint counts as on a grid when nearly all blocks of a tensor are: a single odd block (an
-# edited row, say) should not send the whole tensor to the latent path.
-ON_GRID_SHARE = 0.99
 
 OnLayer = Callable[[int], None]
 
@@ -93,30 +87,21 @@ def load_base(
         CheckpointError: the checkpoint does not fit the settings.
     """
     kind = storage.kind.name
-    if source.nf4_modules and kind != "nf4":
-        raise CheckpointError(
-            f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has "
-            f"thrown the grid away that {kind} would keep. Use storage=nf4, or give the bf16 "
-            "checkpoint."
-        )
-    if kind == "nf4":
-        model = load_nf4(source, layout, device)
-    else:
-        model = _from_pretrained(source.folder, device, dtype=torch.bfloat16)
-    digest = hashlib.sha256()
-    num_on_grid = num_blocks = 0
+    _require_storage(source, kind)
+    model = _load_model(source, layout, kind, device)
+    digests, num_on_grid, num_blocks = {}, 0, 0
     for name in layout.grid:
         linear = model.get_submodule(name)
-        recovered = recover(_best_weight(source, name, linear).to(device))
-        share = recovered.on_grid.float().mean().item()
-        store = _store(kind, linear, recovered, on_grid=share >= ON_GRID_SHARE)
+        store, layer_on_grid = layer_grid(source, name, linear, kind, device)
         model.set_submodule(name, GridLinear(name, store, linear.bias))
-        digest.update(f"{name} {store.digest()}\n".encode())
+        digests[name] = store.digest()
         if name in layout.trained:
-            num_on_grid += int(recovered.on_grid.sum())
-            num_blocks += recovered.on_grid.numel()
+            num_on_grid += layer_on_grid
+            num_blocks += store.steps.numel()
         if on_layer:
             on_layer(1)
+    digest = base_digest(digests)
+    _require_recorded(source, kind, digests.keys(), digest)
     return LoadedBase(
         name=source.name,
         model=model,
@@ -127,48 +112,20 @@ def load_base(
         trained=layout.trained,
         on_grid_share=num_on_grid / num_blocks,
         num_parameters=layout.num_parameters,
-        digest=digest.hexdigest(),
+        digest=digest,
     )
-
-
-def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
-    """The frozen transformers model with exactly the modules `layout.nf4` as Linear4bit.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or made other modules NF4.
-    """
-    quantizer = None if source.nf4_modules else _nf4_config(layout.not_nf4)
-    model = _from_pretrained(
-        source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
-    )
-    from bitsandbytes.nn import Linear4bit
-
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
-    unquantized = [name for name in layout.nf4 if name not in linears]
-    unquantized += [name for name, linear in linears.items() if linear.weight.quant_state is None]
-    if set(linears) != set(layout.nf4) or unquantized:
-        raise CheckpointError(
-            f"After loading, {len(linears)} modules of {source.folder} are NF4 where "
-            f"{len(layout.nf4)} were asked for (for example "
-            f"{(unquantized or sorted(set(linears) - set(layout.nf4)))[0]}). This is a mismatch of "
-            "the installed transformers and bitsandbytes: use constraints.txt."
-        )
-    for linear in linears.values():
-        # Else a forward without gradients repacks the weight in place on some CPUs, and what
-        # dequantizes it later reads garbage (bitsandbytes 0.50).
-        linear.support_avx512bf16_for_cpu = False
-    _forget_quantizer(model)
-    return model
 
 
 def load_plain(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen transformers model without any grid: the teacher, or a model to compare with.
 
+    Of a packed Q4_0 build every linear is decoded to `dtype`; float32 holds it exactly.
+
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    if is_packed(folder):
+        return model_unpacked(read_source(folder, folder.name), device, dtype)
     return _from_pretrained(folder, device, dtype=dtype)
 
 
@@ -186,6 +143,92 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{str(problem).splitlines()[0]}). Copy tokenizer.json and tokenizer_config.json of "
             "the original model into it."
         ) from problem
+
+
+def _require_storage(source: Source, kind: str) -> None:
+    if source.nf4_modules and kind != "nf4":
+        raise CheckpointError(
+            f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has "
+            f"thrown the grid away that {kind} would keep. Use storage=nf4, or give the bf16 "
+            "checkpoint."
+        )
+    if source.packed_modules and kind == "nf4":
+        raise CheckpointError(
+            f"{source.folder} is stored as packed Q4_0 and storage=nf4 was asked for, which would "
+            "throw away levels that lie here exactly, to save a tenth of the memory. Use "
+            "storage=q4_0, or storage=bf16, which is exact, too."
+        )
+
+
+def _require_recorded(source: Source, kind: str, grid: Collection[str], digest: str) -> None:
+    """A build loaded as it was stored must have the steps and levels that its record tells of."""
+    record = source.record
+    if record is None or record.storage != kind or set(grid) != record.blocks.keys():
+        return
+    if digest != record.base_digest:
+        raise CheckpointError(
+            f"The steps and levels in {source.folder} have the digest {digest} and its record says "
+            f"{record.base_digest}: a tensor was damaged or edited after the build. Copy the "
+            "folder again, or build it again."
+        )
+
+
+def _load_model(source: Source, layout: Layout, kind: str, device: torch.device) -> PreTrainedModel:
+    """The transformers model whose Q4_0 linears still wait for their `GridLinear`."""
+    if kind == "nf4":
+        return load_nf4(source, layout, device)
+    if source.packed_modules:
+        return model_without_packed(source, device, torch.bfloat16)
+    return _from_pretrained(source.folder, device, dtype=torch.bfloat16)
+
+
+def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
+    """The frozen transformers model with exactly the modules `layout.nf4` as Linear4bit.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or made other modules NF4.
+    """
+    model = load_nf4_to_save(source, layout, device)
+    _forget_quantizer(model)
+    return model
+
+
+def load_nf4_to_save(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
+    """As `load_nf4`, but the model still knows its quantizer, as `save_pretrained` must.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or made other modules NF4.
+    """
+    quantizer = None if source.nf4_modules else _nf4_config(layout.not_nf4)
+    model = _from_pretrained(
+        source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
+    )
+    require_nf4(model, layout.nf4, source.folder)
+    return model
+
+
+def require_nf4(model: PreTrainedModel, wanted: Collection[str], folder: Path) -> None:
+    """Check that exactly the modules `wanted` are NF4, and make their forward safe on a CPU.
+
+    Raises:
+        CheckpointError: another module is, or one of them is not.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    wrong = [name for name in wanted if name not in found]
+    wrong += [name for name, linear in found.items() if linear.weight.quant_state is None]
+    wrong += sorted(found.keys() - set(wanted))
+    if wrong:
+        raise CheckpointError(
+            f"After loading, {len(found)} modules of {folder} are NF4 where {len(wanted)} were "
+            f"asked for (for example {wrong[0]}). This is a mismatch of the installed "
+            "transformers and bitsandbytes: use constraints.txt."
+        )
+    for linear in found.values():
+        # Else a forward without gradients repacks the weight in place on some CPUs, and whatever
+        # dequantizes or saves it later reads garbage (bitsandbytes 0.50).
+        linear.support_avx512bf16_for_cpu = False
 
 
 def _nf4_config(skipped: tuple[str, ...]) -> BitsAndBytesConfig:
@@ -215,28 +258,6 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
             "architecture is supported by the installed transformers."
         ) from problem
     return model.eval().requires_grad_(False)
-
-
-def _best_weight(source: Source, name: str, linear: nn.Module) -> torch.Tensor:
-    """The bf16 source weight, or the dequantized NF4 where there is no source."""
-    if name not in source.nf4_modules:
-        return source.tensor(f"{name}.weight")
-    warnings.warn(
-        f"{source.name} is an NF4 build whose bf16 source is not at hand, so its steps are "
-        "searched from the NF4 values: only about a quarter of an on-grid checkpoint's weights "
-        "come back. Give base.path of the bf16 checkpoint to keep its grid.",
-        stacklevel=2,
-    )
-    return dequantized_nf4(linear.weight)
-
-
-def _store(kind: str, linear: nn.Module, recovered: Recovered, *, on_grid: bool) -> Store:
-    if kind == "q4_0":
-        return Q4Store(recovered.blocks)
-    # A module that is Q4_0 in the GGUF but not in the NF4 list stays bf16 in memory.
-    if hasattr(linear.weight, "quant_state"):
-        return Nf4Store(linear.weight, recovered.blocks.steps, on_grid=on_grid)
-    return Bf16Store(linear.weight.detach(), recovered.blocks.steps, on_grid=on_grid)
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

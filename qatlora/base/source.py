@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatlora.base.record import STEPS_FILE, GridRecord, check_tensors, read_record
 from qatlora.base.unpack import embedded_base, unpack_gguf
 from qatlora.config import BaseConfig
 from qatlora.errors import CheckpointError
@@ -32,6 +33,7 @@ class Source:
         config: the parsed config.json.
         files: tensor name -> safetensors file that holds it.
         nf4_modules: modules stored as bitsandbytes NF4; empty for an ordinary checkpoint.
+        record: what a build of ours knows of the grid of its source, else None.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Source:
     config: dict[str, Any]
     files: dict[str, Path]
     nf4_modules: frozenset[str]
+    record: GridRecord | None = None
+
+    @property
+    def packed_modules(self) -> frozenset[str]:
+        """Modules stored as packed Q4_0; empty unless this is a packed build."""
+        packed = self.record is not None and self.record.storage == "q4_0"
+        return frozenset(self.record.blocks) if packed else frozenset()
 
     @property
     def model_type(self) -> str:
@@ -73,6 +82,11 @@ class Source:
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
+    def steps(self, name: str) -> Tensor:
+        """The steps that an NF4 build with a record keeps of its source: float16 [out, in / 32]."""
+        with safe_open(self.folder / STEPS_FILE, framework="pt") as opened:
+            return opened.get_tensor(f"{name}.steps")
+
 
 def find_source(settings: BaseConfig, chat_template: str | None = None) -> Source:
     """Resolve `base.*` to a checked folder; a GGUF is unpacked once into the cache.
@@ -85,11 +99,23 @@ def find_source(settings: BaseConfig, chat_template: str | None = None) -> Sourc
         CheckpointError: the checkpoint is missing, broken or of an unsupported kind.
     """
     folder = _folder_of(settings, chat_template)
-    name = settings.name or folder.name
+    return read_source(folder, settings.name or folder.name)
+
+
+def read_source(folder: Path, name: str) -> Source:
+    """Describe and check a HF folder by its config.json and headers.
+
+    Raises:
+        CheckpointError: it is broken or of an unsupported kind.
+    """
     config = _read_config(folder)
-    files = dict(_tensor_files(folder))
+    record = read_record(folder, config)
+    found = dict(_tensor_files(folder))
+    if record is not None:
+        check_tensors(folder, record, found)
+    files = {key: path for key, path in found.items() if path.name != STEPS_FILE}
     nf4 = frozenset(key.removesuffix(_NF4_SUFFIX) for key in files if key.endswith(_NF4_SUFFIX))
-    return Source(name, folder, config, files, nf4)
+    return Source(name, folder, config, files, nf4, record)
 
 
 def _folder_of(settings: BaseConfig, chat_template: str | None) -> Path:

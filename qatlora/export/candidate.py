@@ -18,6 +18,7 @@ from qatlora.adapters.model import GridModel
 from qatlora.config import ExportConfig
 from qatlora.data.templates import strip_generation_markers
 from qatlora.errors import ExportError
+from qatlora.export.folders import copy_side_files
 from qatlora.grid import pack
 from qatlora.llamacpp.convert import TensorPlace, convert
 
@@ -108,10 +109,7 @@ def write_candidate(
 def stage_other_files(adapted: GridModel, staging: Path) -> None:
     """Copy what is no weight: configuration, tokenizer, template without marks for training."""
     source = adapted.base.source
-    for path in source.folder.iterdir():
-        weights = path.suffix == ".safetensors" or "safetensors.index" in path.name
-        if path.is_file() and not weights and path.name != "config.json":
-            shutil.copy2(path, staging / path.name)
+    copy_side_files(source.folder, staging)
     config: dict[str, Any] = dict(source.config)
     config.pop("quantization_config", None)
     files.write_json(staging / "config.json", config)

@@ -41,11 +41,12 @@ def require_plain(source: Source) -> None:
     """Refuse a source whose tensors could not be replaced by bf16 ones of the same name.
 
     Raises:
-        ExportError: it is an NF4 build.
+        ExportError: it is an NF4 or a packed Q4_0 build.
     """
-    if source.nf4_modules:
+    if source.nf4_modules or source.packed_modules:
+        kind = "an NF4" if source.nf4_modules else "a packed Q4_0"
         raise ExportError(
-            f"{source.folder} is an NF4 build, and a checkpoint on the grid is written from a bf16 "
+            f"{source.folder} is {kind} build, and a checkpoint on the grid is written from a bf16 "
             "one. Give base.path of the bf16 checkpoint."
         )
 

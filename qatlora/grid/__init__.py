@@ -2,6 +2,7 @@
 
 from qatlora.grid.dither import Dither, dither
 from qatlora.grid.format import (
+    BLOCK_BYTES,
     decode,
     digest,
     encode_reference,
@@ -14,10 +15,12 @@ from qatlora.grid.format import (
 from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.spans import share_out, spans_of
-from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
+from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
+    "BLOCK_BYTES",
     "BLOCK_SIZE",
+    "GRID_VERSION",
     "LEVEL_MAX",
     "LEVEL_MIN",
     "Dither",

@@ -11,6 +11,8 @@ from torch import Tensor
 BLOCK_SIZE = 32
 LEVEL_MIN = -8
 LEVEL_MAX = 7
+GRID_VERSION = 1
+"""Counted up when the same weights or adapter would get other steps or levels."""
 
 
 class Q4Blocks(NamedTuple):

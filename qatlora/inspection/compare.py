@@ -15,7 +15,7 @@ from torch import Tensor
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
 from qatlora.grid import detect
-from qatlora.inspection.tensors import OnTensor, finite, naming, refuse_nf4, row_parts
+from qatlora.inspection.tensors import OnTensor, finite, naming, refuse_builds, row_parts
 from qatlora.report.results import Comparison, TensorEdit
 
 
@@ -39,7 +39,7 @@ def require_comparable(after: Source, before: Source) -> None:
     Raises:
         CheckpointError: an NF4 build, another architecture, no common tensor, or another shape.
     """
-    refuse_nf4(before)
+    refuse_builds(before)
     if after.model_type != before.model_type:
         raise CheckpointError(
             f"{after.folder} is a '{after.model_type}' and {before.folder} a "

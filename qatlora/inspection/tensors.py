@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qatlora.base.load import ON_GRID_SHARE
+from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError, GridError
 from qatlora.grid import BLOCK_SIZE, Q4Blocks, decode, encode_reference, explains, recover
@@ -58,12 +58,18 @@ class _Sums:
         return math.sqrt(squares / self.weight_squares) if self.weight_squares else 0.0
 
 
-def refuse_nf4(source: Source) -> None:
-    """Refuse an NF4 build: its rounding has thrown any grid away.
+def refuse_builds(source: Source) -> None:
+    """Refuse a build: NF4 has thrown any grid away, and packed Q4_0 is on one by construction.
 
     Raises:
         CheckpointError: the checkpoint is one.
     """
+    if source.packed_modules and source.record is not None:
+        raise CheckpointError(
+            f"{source.folder} is a packed Q4_0 build, on a grid by construction; of its source "
+            f"{source.record.source_name} {source.record.on_grid_share:.2%} of the blocks were, by "
+            "its grid.json. Inspect that bf16 checkpoint."
+        )
     if source.nf4_modules:
         raise CheckpointError(
             f"{source.folder} stores {len(source.nf4_modules)} modules as NF4, and NF4 keeps no "
@@ -78,7 +84,7 @@ def require_weights(source: Source, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: an NF4 build, or a weight is missing.
     """
-    refuse_nf4(source)
+    refuse_builds(source)
     missing = [name for name in names if f"{name}.weight" not in source.files]
     if missing:
         raise CheckpointError(

@@ -38,6 +38,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "schema_version": parts.pop("schema_version"),
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
+        "build": parts.pop("build"),
         "adapter": parts.pop("adapter"),
         "latents": parts.pop("latents"),
         "train": parts.pop("train"),

@@ -30,7 +30,7 @@ from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
-_VERBATIM = ("file", "sha256", "checkpoint")
+_VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
 
 
 def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:

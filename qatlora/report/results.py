@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qatlora.report.results_benchmark import BenchmarkResult
+from qatlora.report.results_build import BuildResult
 
 SCHEMA_VERSION = 1
 
@@ -258,6 +259,7 @@ class RunReport:
 
     recipe: str
     base: BaseResult
+    build: BuildResult | None = None
     adapter: AdapterResult | None = None
     latents: LatentsResult | None = None
     train: TrainResult | None = None

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
-from qatlora.report.results import RunReport, TextResult
+from qatlora.report.results import BaseResult, RunReport, TextResult
+from qatlora.report.results_build import BuildResult
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Verdict:
 
 
 def verdict(report: RunReport) -> Verdict:
-    """The verdict on `report`: what the guard said, or what an inspection found."""
+    """The verdict on `report`: what the guard said, what was found, or what was built."""
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.build is not None:
+        return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -45,8 +48,10 @@ def verdict(report: RunReport) -> Verdict:
 
 
 def facts(report: RunReport) -> list[tuple[str, str]]:
-    """Pairs of a label and plain text: file, effect, forgetting; only those that are known."""
+    """Pairs of a label and plain text: what was made, its effect; only those that are known."""
     lines: list[tuple[str, str]] = []
+    if report.build:
+        lines += _build_facts(report.build, report.base)
     if report.export:
         size = format_bytes(report.export.bytes)
         types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())
@@ -62,6 +67,24 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         final = next((name for name in ("merged", "trained") if name in results), None)
         if "base" in results and final:
             lines.append((f"{text} text", _course(results["base"], results[final], final)))
+    return lines
+
+
+_BUILT = {"q4_0": "Packed Q4_0 folder", "nf4": "Public NF4 folder"}
+
+
+def _build_facts(build: BuildResult, base: BaseResult) -> list[tuple[str, str]]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in build.modules.items())
+    lines = [
+        ("folder", build.path),
+        ("size", f"{format_bytes(build.bytes)}, source {format_bytes(build.source_bytes)}"),
+        ("quantized", f"{sum(build.modules.values())} linears: {kinds}"),
+        ("on a grid", f"{format_share(base.on_grid_share)} of their blocks in the source"),
+        ("relative error", format_share(build.relative_error)),
+        ("digest as a base", base.digest),
+    ]
+    if build.continuation is not None:
+        lines.append(("a look at it", f"{build.prompt} -> {build.continuation}"))
     return lines
 
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 
 from qatlora import progress
+from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.layout import find_layout
-from qatlora.base.load import ON_GRID_SHARE, load_base, load_tokenizer
+from qatlora.base.load import load_base, load_tokenizer
 from qatlora.base.on_grid import on_grid_share, rounded_folder
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source

@@ -1,0 +1,106 @@
+"""Read a packed Q4_0 build: the blocks, and a model in which nothing else is missing.
+
+The model is laid out on the meta device and filled tensor by tensor, so that no dense copy of the
+packed linears is ever made: the largest thing in memory besides the model is one tensor.
+"""
+
+from collections.abc import Iterator
+
+import accelerate
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from qatlora.base.layout import plain_config
+from qatlora.base.source import Source
+from qatlora.errors import CheckpointError
+from qatlora.grid import Q4Blocks, decode, unpack
+
+
+def packed_blocks(source: Source, name: str, device: torch.device) -> Q4Blocks:
+    """The blocks of one packed module: steps [out, in / 32], levels [out, in].
+
+    Raises:
+        CheckpointError: a step is infinite or not a number.
+    """
+    blocks = unpack(source.tensor(f"{name}.weight").to(device))
+    if not bool(blocks.steps.isfinite().all()):
+        raise CheckpointError(
+            f"A step of {name} in {source.folder} is infinite or not a number: the file is "
+            "damaged. Copy the folder again, or build it again (recipe=q4_0_build)."
+        )
+    return blocks
+
+
+def model_without_packed(
+    source: Source, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A frozen model whose packed linears have no weight yet (it stays on the meta device).
+
+    Args:
+        source: a packed build.
+        device: where all other tensors go.
+        dtype: of all other tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape.
+    """
+    config = plain_config(source.folder)
+    # Parameters on meta, but buffers (rotary frequencies, scales of embeddings) as computed.
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # that hook has given tied parameters copies of their own
+    others = dict(_other_tensors(source, device, dtype))
+    _require_fit(source, model, others)
+    model.load_state_dict(others, strict=False, assign=True)
+    model.tie_weights()
+    for buffer_name, buffer in list(model.named_buffers()):
+        owner, _, name = buffer_name.rpartition(".")
+        setattr(model.get_submodule(owner), name, buffer.to(device))
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model.eval().requires_grad_(False)
+
+
+def model_unpacked(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with every packed linear decoded to `dtype`: as plain transformers has it."""
+    model = model_without_packed(source, device, dtype)
+    for name in source.packed_modules:
+        weight = decode(packed_blocks(source, name, device), dtype)
+        model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def _other_tensors(
+    source: Source, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for key in source.files:
+        if key.removesuffix(".weight") not in source.packed_modules:
+            tensor = source.tensor(key)
+            yield key, tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def _require_fit(source: Source, model: PreTrainedModel, others: dict[str, Tensor]) -> None:
+    """Compare names and shapes with the layout; load_state_dict would leave gaps on meta."""
+    expected = model.state_dict()
+    tied = {key for keys in _tied_groups(model) if keys & others.keys() for key in keys}
+    packed = {f"{name}.weight" for name in source.packed_modules}
+    lacking = sorted(expected.keys() - others.keys() - packed - tied)
+    unknown = sorted(others.keys() - expected.keys())
+    misfits = [
+        key for key in others.keys() & expected.keys() if others[key].shape != expected[key].shape
+    ]
+    if lacking or unknown or misfits:
+        raise CheckpointError(
+            f"{source.folder} does not fit its config.json: it lacks {lacking[:2]}, has unknown "
+            f"{unknown[:2]} and other shapes in {misfits[:2]}. A file is missing or belongs to "
+            "another model: copy the folder again."
+        )
+
+
+def _tied_groups(model: PreTrainedModel) -> list[set[str]]:
+    """Names of parameters that are one and the same, such as embeddings and lm_head."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return [names for names in groups.values() if len(names) > 1]

@@ -1,0 +1,63 @@
+"""What a build learns of its source while it reads it tensor by tensor: digests, grid, error."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from qatlora.base.grids import LayerGrid, base_digest
+from qatlora.base.layout import Layout
+from qatlora.base.record import GridRecord
+from qatlora.base.source import Source
+from qatlora.grid import GRID_VERSION
+
+_TILE_ROWS = 1024
+
+
+class Census:
+    """Collects the figures of a `GridRecord`; every tensor of the source is shown to it once."""
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+        self._stores: dict[str, str] = {}
+        self._blocks: dict[str, int] = {}
+        self._on_grid: dict[str, int] = {}
+        self._squared_error = self._squared_weight = 0.0
+
+    def read(self, key: str, tensor: Tensor) -> None:
+        """A tensor of the source, as stored."""
+        head = f"{key} {tensor.dtype} {tuple(tensor.shape)}"
+        content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._sources.append(f"{head} {hashlib.sha256(content).hexdigest()}")
+
+    def built(self, name: str, grid: LayerGrid, weight: Tensor, stored: Tensor) -> None:
+        """A module that was quantized.
+
+        Args:
+            name: of the module.
+            grid: its store, as the build will be loaded.
+            weight: [out, in] in the source.
+            stored: [out, in], what the build makes of it, in the source's dtype.
+        """
+        self._stores[name] = grid.store.digest()
+        self._blocks[name] = grid.store.steps.numel()
+        self._on_grid[name] = grid.num_on_grid
+        for rows, of_build in zip(weight.split(_TILE_ROWS), stored.split(_TILE_ROWS), strict=True):
+            self._squared_error += (rows.float() - of_build.float()).square().sum().item()
+            self._squared_weight += rows.float().square().sum().item()
+
+    def record(self, source: Source, layout: Layout, storage: str) -> GridRecord:
+        """The record of the finished build."""
+        everything = "\n".join(sorted(self._sources))  # however the source is cut into files
+        squared_weight = self._squared_weight or 1.0  # all zeros are kept without error
+        return GridRecord(
+            grid_version=GRID_VERSION,
+            storage=storage,
+            source_name=source.name,
+            source_digest=hashlib.sha256(everything.encode()).hexdigest(),
+            base_digest=base_digest({name: self._stores[name] for name in layout.grid}),
+            relative_error=math.sqrt(self._squared_error / squared_weight),
+            blocks={name: self._blocks[name] for name in layout.grid},
+            on_grid_blocks={name: self._on_grid[name] for name in layout.grid},
+        )

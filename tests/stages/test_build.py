@@ -1,0 +1,89 @@
+"""Built folders in the pipeline: training on them, exporting from their source, refusals."""
+
+from pathlib import Path
+
+import pytest
+from loaded_cases import built_folder, on_grid_folder
+from pipeline_cases import STAGES, settings, write_data
+
+from qatlora import pipeline
+from qatlora.base.source import read_source
+from qatlora.config import Storage
+from qatlora.errors import CheckpointError, ConfigError, ExportError
+from qatlora.export.checkpoint import require_plain
+from qatlora.inspection.tensors import require_weights
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.llama_cpp
+def test_an_adapter_trained_on_a_packed_build_is_exported_from_its_source_alike(
+    tiny_gemma3_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    on_grid_folder(tiny_gemma3_folder, tmp_path / "bf16")
+    built_folder(tmp_path / "bf16", tmp_path / "packed", "q4_0")
+    cfg = settings(tmp_path / "packed", files, tmp_path / "first")
+    cfg.storage.kind = Storage.q4_0
+    first = pipeline.run(cfg)
+    again = settings(tmp_path / "bf16", files, tmp_path / "again")
+    again.storage.kind = Storage.q4_0
+    again.stages = [name for name in STAGES if name not in ("train", "save_adapter")]
+    again.adapter.path = str(tmp_path / "first" / "adapter")
+    second = pipeline.run(again)
+    assert first.base == second.base
+    assert first.guard.passed
+    assert first.texts["task"] == second.texts["task"]  # its teacher, too: it is on the grid
+    assert first.texts["task"]["merged"].kld is not None
+
+
+@pytest.mark.llama_cpp
+def test_an_nf4_build_is_trained_and_published(
+    tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "nf4", "nf4")
+    cfg = settings(tmp_path / "nf4", files, tmp_path / "run")
+    cfg.teacher.path = str(tiny_llama_folder)
+    report = pipeline.run(cfg)
+    assert report.guard.passed
+    assert report.texts["task"]["merged"] == report.texts["task"]["trained"]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_a_build_that_has_no_bf16_values_any_more_is_no_teacher(
+    kind: str, tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "build", kind)
+    cfg = settings(tmp_path / "build", files, tmp_path / "run")
+    cfg.storage.kind = Storage[kind]
+    with pytest.raises(
+        ConfigError, match="teacher.path=FOLDER of the bf16 checkpoint.*teacher=none"
+    ):
+        pipeline.run(cfg)
+
+
+def test_there_is_nothing_to_build_in_bf16(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to build.*Use recipe=q4_0_build"):
+        built_folder(tiny_llama_folder, tmp_path / "build", "bf16")
+
+
+def test_without_a_path_the_folder_lies_in_the_run_folder(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    report = built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    assert Path(report.build.path) == tmp_path / "build-run" / "tiny-Q4_0"
+    assert (tmp_path / "build-run" / "tiny-Q4_0" / "grid.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_recipes_that_read_bf16_weights_refuse_a_build(
+    kind: str, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "build", kind)
+    source = read_source(tmp_path / "build", "tiny")
+    with pytest.raises(CheckpointError, match="Inspect (the|that) bf16 checkpoint"):
+        require_weights(source, [])
+    with pytest.raises(ExportError, match="Give base.path of the bf16 checkpoint"):
+        require_plain(source)
