@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import sentences
+from sample_text import sentences
 
 from qatlora import pipeline
 from qatlora.config import BenchmarkMethod, BenchmarkSuite, RootConfig
