@@ -33,7 +33,6 @@ from qatlora.grid import (
     decode,
     encode_reference,
     nearest_levels_,
-    spans_of,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from qatlora.adapters.layer import GridAdapter
 
 _FP16_MAX = 65504.0
-_MERGED_TILE_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -148,26 +146,25 @@ def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor)
     noise = Dither(rule.seed, base.tensor_name)
     product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps).unsqueeze(-1)
     levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
-
-    def move(rows: slice, latents: Tensor) -> None:
+    for rows, latents in store.latent_tiles():
         delta = product.of_rows(rows).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step[rows])
         moved = latents.add_(delta.flatten(-2))
         if dithered:
             noise.add_to(moved, rows.start)
         levels[rows] = nearest_levels_(moved)
-
-    store.for_each_tile(move)
     return Q4Blocks(store.steps, levels)
 
 
 def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """llama.cpp's rule on base + delta, in float32; it chooses new steps."""
-    product, merged = LowRank(up, down, rule.scale), base.store.latents()
-    for rows in spans_of(len(merged), max(1, _MERGED_TILE_WEIGHTS // merged.shape[-1])):
+    product, tiles = LowRank(up, down, rule.scale), []
+    for rows, latents in base.store.latent_tiles():
         wide_steps = base.store.steps[rows].float().unsqueeze(-1)
-        merged[rows].unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps)
-        merged[rows].add_(product.of_rows(rows))
-    return encode_reference(merged)
+        weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
+        tiles.append(encode_reference(weight.add_(product.of_rows(rows))))
+    return Q4Blocks(
+        torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
+    )
 
 
 def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:

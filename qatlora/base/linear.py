@@ -36,11 +36,8 @@ class GridLinear(nn.Module):
         levels = torch.empty(
             self.out_features, self.in_features, dtype=torch.int8, device=self.store.steps.device
         )
-
-        def round_tile(rows: slice, latents: Tensor) -> None:
+        for rows, latents in self.store.latent_tiles():
             levels[rows] = latents if self.store.on_grid else nearest_levels_(latents)
-
-        self.store.for_each_tile(round_tile)
         return Q4Blocks(self.store.steps, levels)
 
     def forward(self, x: Tensor) -> Tensor:

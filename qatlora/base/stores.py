@@ -8,9 +8,8 @@ Shapes: out x in is the layer's weight; blocks are 32 wide, so steps are [out, i
 """
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from qatlora.grid import (
     latents,
     nearest_levels_,
     pack,
-    share_out,
-    spans_of,
 )
 
 # Rows are handled in tiles of about this many weights. On a CPU the dozen elementwise passes over
@@ -61,32 +58,22 @@ class Store(nn.Module, ABC):
     def in_features(self) -> int:
         """Width of a row."""
 
-    def for_each_tile(self, work: Callable[[slice, Tensor], None]) -> None:
-        """Call `work(rows, latent levels t0 of these rows)` for tiles that cover all rows.
+    def latent_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, latent levels t0 of these rows, float32), tile by tile, in order.
 
-        The levels are float32, whole numbers in -8..7 where `on_grid`, and may be overwritten. On
-        a CPU the calls come from several threads, in any order and without autocast, so `work` may
-        write only to its own rows of a result.
+        The levels are whole numbers in -8..7 where `on_grid`. The tensor may be overwritten.
         """
-        read, device = self._row_reader(), self.steps.device
-        share_out(self._tiles(), device, lambda rows: work(rows, read(rows)))
-
-    def _tiles(self) -> list[slice]:
-        """Slices of rows, on a CPU as many for each thread."""
-        device, num_rows = self.steps.device, len(self.steps)
-        tile_weights = _TILE_WEIGHTS.get(device.type, _TILE_WEIGHTS_ELSEWHERE)
-        num_tiles = math.ceil(num_rows * self.in_features / tile_weights)
-        if device.type == "cpu":
-            threads = torch.get_num_threads()
-            num_tiles = threads * math.ceil(num_tiles / threads)
-        return spans_of(num_rows, math.ceil(num_rows / num_tiles))
+        read = self._row_reader()
+        num_rows = self.steps.shape[0]
+        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
+        tile_rows = max(1, tile_weights // self.in_features)
+        for first in range(0, num_rows, tile_rows):
+            rows = slice(first, min(first + tile_rows, num_rows))
+            yield rows, read(rows)
 
     def latents(self) -> Tensor:
         """All latent levels at once, float32 [out, in]."""
-        shape = (len(self.steps), self.in_features)
-        whole = torch.empty(shape, dtype=torch.float32, device=self.steps.device)
-        self.for_each_tile(whole.__setitem__)
-        return whole
+        return torch.cat([tile for _, tile in self.latent_tiles()])
 
     @abstractmethod
     def _stored(self) -> list[Tensor]:

@@ -14,7 +14,6 @@ from qatlora.grid.format import (
 )
 from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
-from qatlora.grid.spans import share_out, spans_of
 from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 __all__ = [
@@ -39,7 +38,5 @@ __all__ = [
     "recover",
     "search_steps",
     "settle",
-    "share_out",
-    "spans_of",
     "unpack",
 ]

@@ -21,7 +21,6 @@ pseudo-random noise", 1962, for the dither itself.
 """
 
 import hashlib
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +76,7 @@ class Dither:
 
     def __init__(self, seed: int, tensor_name: str) -> None:
         self._key = dither_key(seed, tensor_name)
-        self._kept = threading.local()  # buffers; tiles may come from several threads
+        self._kept: _Buffers | None = None
 
     def add_to(self, tile: Tensor, start_row: int) -> Tensor:
         """Add the dither to rows of the tensor in place, with one rounding; returns the tile.
@@ -100,9 +99,9 @@ class Dither:
 
     def _buffers_for(self, num_words: int, device: torch.device) -> "_Buffers":
         """Kept from tile to tile, most of which are alike."""
-        kept: _Buffers | None = getattr(self._kept, "buffers", None)
+        kept = self._kept
         if kept is None or kept.num_words < num_words or kept.device != device:
-            kept = self._kept.buffers = _Buffers(num_words, device)
+            kept = self._kept = _Buffers(num_words, device)
         return kept
 
 

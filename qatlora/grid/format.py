@@ -26,6 +26,7 @@ from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 STEP_BYTES = 2
 BLOCK_BYTES = STEP_BYTES + BLOCK_SIZE // 2
 NUM_LEVELS = LEVEL_MAX - LEVEL_MIN + 1
+_DECODED_BLOCKS = 1 << 15
 
 
 def encode_reference(weight: Tensor) -> Q4Blocks:
@@ -56,11 +57,10 @@ def decode(blocks: Q4Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weights [..., in]: fp32(step) * level, exact in fp32, then cast to ``dtype``."""
     steps, levels = blocks.steps.reshape(-1, 1), blocks.levels.reshape(-1, BLOCK_SIZE)
     weight = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-
-    def decode_span(span: slice) -> None:
-        weight[span] = levels[span].float().mul_(steps[span].float())
-
-    for_each_span(len(levels), levels.device, decode_span)
+    # In parts, so that only a small one exists in fp32; it stays in a CPU's cache.
+    for start in range(0, len(levels), _DECODED_BLOCKS):
+        part = slice(start, start + _DECODED_BLOCKS)
+        weight[part] = levels[part].float().mul_(steps[part].float())
     return weight.view(blocks.levels.shape)
 
 

@@ -79,19 +79,18 @@ def test_the_size_of_the_tiles_changes_nothing(kind: str, monkeypatch: pytest.Mo
     whole = store.latents()
     for tile_weights in (1, 5 * IN, OUT * IN - 1):
         monkeypatch.setitem(stores._TILE_WEIGHTS, "cpu", tile_weights)
-        tiles = []
-        store.for_each_tile(lambda *tile, tiles=tiles: tiles.append(tile))
-        in_order = sorted(tiles, key=lambda tile: tile[0].start)
-        assert [rows.start for rows, _ in in_order[1:]] == [rows.stop for rows, _ in in_order[:-1]]
-        assert in_order[-1][0].stop == OUT
-        assert torch.equal(torch.cat([tile for _, tile in in_order]), whole)
+        tiles = list(store.latent_tiles())
+        assert [rows.start for rows, _ in tiles[1:]] == [rows.stop for rows, _ in tiles[:-1]]
+        assert tiles[-1][0].stop == OUT
+        assert torch.equal(torch.cat([tile for _, tile in tiles]), whole)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "bf16", "nf4"])
 def test_tiles_may_be_overwritten(kind: str):
     store = store_of(kind, latent_weight())
     before = store.latents()
-    store.for_each_tile(lambda _, tile: tile.add_(1))
+    for _, tile in store.latent_tiles():
+        tile.add_(1)
     assert torch.equal(store.latents(), before)
 
 
