@@ -1,7 +1,7 @@
 """Build a packed Q4_0 folder from a bf16 checkpoint, tensor by tensor.
 
 The layout is told in `qatlora.base.record`, and why it is so in
-docs/decisions/0006-a-packed-tensor-is-the-bytes-of-the-gguf.md.
+docs/decisions/0005-a-packed-tensor-is-the-bytes-of-the-gguf.md.
 """
 
 import json
