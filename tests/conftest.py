@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from sample_text import sentences
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -21,10 +21,6 @@ from transformers import (
 from qatlora.errors import ToolError
 
 TEMPLATES = Path(__file__).parents[1] / "qatlora" / "data" / "templates"
-WORDS = (
-    "the a quick brown fox jumps over one lazy dog and then runs home to eat warm supper with "
-    "seven old friends who never ask where it was all day because they know that rivers are cold"
-)
 SPREAD = 0.1
 """Standard deviation of the random weights: wide enough that the logits differ visibly."""
 
@@ -59,13 +55,6 @@ def _fetch_llama_cpp() -> str:
     except ToolError as error:
         return str(error)
     return ""
-
-
-def sentences(num: int, seed: int = 0) -> list[str]:
-    """`num` reproducible English-looking sentences."""
-    draw = random.Random(seed)
-    chosen = (draw.choices(WORDS.split(), k=draw.randint(5, 12)) for _ in range(num))
-    return [" ".join(words).capitalize() + "." for words in chosen]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from qatlora.config import RootConfig, Storage, Trained
 def test_trained_weights_count_with_gradient_moments_and_checkpoints(
     tiny_llama_folder: Path,
 ) -> None:
-    cfg = RootConfig(stages=["train"])
+    cfg = RootConfig(stages=["load_base", "train"])
     cfg.base.path, cfg.storage.kind = str(tiny_llama_folder), Storage.bf16
     source = find_source(cfg.base)
     layout = find_layout(source, cfg.base)
@@ -22,6 +22,6 @@ def test_trained_weights_count_with_gradient_moments_and_checkpoints(
     weights = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     assert weights.memory_bytes - adapters.memory_bytes == 16 * layout.num_grid_weights
     assert weights.disk_bytes - adapters.disk_bytes == 36 * layout.num_grid_weights
-    cfg.stages = ["train", "save_base"]
+    cfg.stages = ["load_base", "train", "save_base"]
     saved = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     assert saved.disk_bytes - weights.disk_bytes == 2 * layout.num_parameters

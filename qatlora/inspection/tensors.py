@@ -17,11 +17,12 @@ from torch import Tensor
 from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError, GridError
-from qatlora.grid import BLOCK_SIZE, Q4Blocks, decode, encode_reference, explains, recover
+from qatlora.grid import BLOCK_SIZE, Q4Blocks, decode, encode_reference, recover
 from qatlora.report.results import InspectResult, TensorInspection
 
-# A tensor is handled in parts of whole rows; more would only cost memory.
-_PART_WEIGHTS = 1 << 23
+# A tensor is handled in parts of whole rows: large enough for several threads, and small enough
+# that the allocator hands out the same few buffers again instead of fresh pages.
+_PART_WEIGHTS = 1 << 20
 _NUM_PEAK_LEVELS = 8
 
 OnTensor = Callable[[int], None]
@@ -180,26 +181,28 @@ def _sums_of(name: str, weight: Tensor, device: torch.device) -> _Sums:
 
 def _sums_of_part(weight: Tensor) -> _Sums:
     """The sums of weights [rows, in]."""
-    recovered = recover(weight)
-    reference = encode_reference(weight)
-    peaks = recovered.blocks.levels.view(-1, BLOCK_SIZE)
-    peaks = torch.maximum(peaks.amax(-1), -peaks.amin(-1))
-    counts = torch.bincount(peaks[recovered.on_grid.flatten()], minlength=_NUM_PEAK_LEVELS + 1)
+    blocks, on_grid = recover(weight)
+    values = weight.float()
+    of_reference = _residuals(encode_reference(weight), weight.dtype, values)
+    levels = blocks.levels.view(-1, BLOCK_SIZE)
+    peaks = torch.maximum(levels.amax(-1), -levels.amin(-1))
+    counts = torch.bincount(peaks[on_grid.flatten()], minlength=_NUM_PEAK_LEVELS + 1)
     zero_blocks, *peak_levels = counts.tolist()
     return _Sums(
-        blocks=recovered.on_grid.numel(),
+        blocks=on_grid.numel(),
         zero_blocks=zero_blocks,
-        on_grid=int(recovered.on_grid.sum()),
-        reference_exact=int(explains(reference, weight).sum()),
+        on_grid=int(on_grid.sum()),
+        reference_exact=int((of_reference.view(-1, BLOCK_SIZE).abs().amax(-1) == 0).sum()),
         peak_levels=peak_levels,
-        weight_squares=_squares(weight.float()),
-        reference_squares=_squares(_residuals(reference, weight)),
-        our_squares=_squares(_residuals(recovered.blocks, weight)),
+        weight_squares=_squares(values),
+        reference_squares=_squares(of_reference),
+        our_squares=_squares(_residuals(blocks, weight.dtype, values)),
     )
 
 
-def _residuals(blocks: Q4Blocks, weight: Tensor) -> Tensor:
-    return decode(blocks, weight.dtype).float() - weight.float()
+def _residuals(blocks: Q4Blocks, stored: torch.dtype, values: Tensor) -> Tensor:
+    """Decoded as the file stores it, less the stored values; fp32 [rows, in]."""
+    return decode(blocks, stored).float().sub_(values)
 
 
 def _squares(values: Tensor) -> float:

@@ -131,9 +131,9 @@ def _if_on_grid(result: InspectResult) -> Iterator[str]:
     else:
         yield (
             f"llama-quantize to Q4_0 would keep only {format_share(kept)} of the blocks exactly "
-            f"and move the weights by {_error(result.error_reference)}, because it takes every "
-            "block's peak for level 8. qatlora writes the steps that it found "
-            f"({_error(result.error_ours)})."
+            f"and move the weights by {_error(result.error_reference)}, because it takes the step "
+            "from a block's peak alone, as if that were level 8. qatlora writes the steps that it "
+            f"found ({_error(result.error_ours)})."
         )
 
 
@@ -144,7 +144,8 @@ def _if_off_grid(result: InspectResult) -> Iterator[str]:
     )
     yield (
         "storage=nf4 or bf16 keeps the fraction of every level, which an adapter is rounded "
-        "together with; storage=q4_0 rounds the base before training."
+        "together with; storage=q4_0 rounds the base before training; recipe=qat_distill trains it "
+        "onto a grid."
     )
 
 

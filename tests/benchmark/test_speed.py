@@ -31,6 +31,7 @@ def ground(folder: Path) -> Ground:
     return Ground(source, layout, adapter, "q8_0", torch.device("cpu"), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_methods_take_turns_and_are_compared_with_plain_peft(tiny_llama_folder: Path) -> None:
     settings = BenchmarkConfig(tokens_per_step=[32, 64], rounds=2, warmup_rounds=1)
     steps: list[int] = []
@@ -55,6 +56,7 @@ def test_methods_take_turns_and_are_compared_with_plain_peft(tiny_llama_folder: 
             assert row.memory_ratio_of_storage > 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_which_method_and_why(tiny_llama_folder: Path) -> None:
     base = ground(tiny_llama_folder)
     broken = dataclasses.replace(base.source, folder=tiny_llama_folder / "gone")

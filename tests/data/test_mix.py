@@ -39,7 +39,7 @@ def test_one_text_is_what_it_was_without_a_mixture(smol):
 def test_the_settings_mix_texts_and_keep_the_evaluated_one(packages, smol, monkeypatch):
     monkeypatch.setattr(load.registry, "locate", packages)
     settings = load.DataConfig(
-        general="wiki", replay_mix={"wiki": 2.0, "code": 1.0}, max_length_tokens=64,
+        general="wiki", replay_mix={"wiki": 2.0, "code": 1.0}, max_length_tokens=128,
         replay_rows_per_step=3, eval_tokens=200, num_prompts=0,
     )  # fmt: skip
     batches = load.load_data(settings, smol, seed=0, max_steps=4, rows_per_step=4)

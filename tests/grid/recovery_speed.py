@@ -35,12 +35,15 @@ def timed(work: Callable[[], object]) -> float:
 def main() -> None:
     generator = torch.Generator().manual_seed(5)
     ordinary = (torch.randn(ROWS // 8, WIDTH, generator=generator) * 0.02).bfloat16()
-    reference = decode(encode_reference(on_grid(torch.float32)), torch.bfloat16)
+    latent = torch.randn(ROWS, WIDTH, generator=generator) * 0.02
+    reference = decode(encode_reference(latent), torch.bfloat16)
+    encoded_again = decode(encode_reference(on_grid(torch.float32)), torch.bfloat16)
     weights = {
         "bf16 steps": on_grid(torch.bfloat16),
         "fp16 steps": on_grid(torch.float16),
         "fp32 steps": on_grid(torch.float32),
         "reference encoder's steps": reference,
+        "many levels without a 1": encoded_again,
         "off the grid, searched": ordinary,
     }
     plain = torch.randn(ROWS, WIDTH)
