@@ -25,10 +25,10 @@ from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
-from qatlora.base.load import load_base, load_tokenizer
+from qatlora.base.load import load_base, load_tokenizer, require_storage
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
-from qatlora.base.teacher import load_teacher
+from qatlora.base.teacher import load_teacher, require_bf16_values
 from qatlora.config import Effect, RootConfig, TeacherKind, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
@@ -94,6 +94,10 @@ def _preflight(state: Run) -> None:
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
+    if "load_base" in cfg.stages:
+        require_storage(state.source, cfg.storage.kind.name)
+        if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
+            require_bf16_values(state.source)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from qatlora import preflight
@@ -25,3 +26,17 @@ def test_trained_weights_count_with_gradient_moments_and_checkpoints(
     cfg.stages = ["load_base", "train", "save_base"]
     saved = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     assert saved.disk_bytes - weights.disk_bytes == 2 * layout.num_parameters
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("q4_0", 4.5), ("nf4", 4.63)])
+def test_a_build_counts_what_it_writes_and_nothing_of_a_run(
+    kind: str, bits: float, tiny_llama_folder: Path
+) -> None:
+    cfg = RootConfig(stages=["preflight", "build", "report"])
+    cfg.base.path, cfg.storage.kind = str(tiny_llama_folder), Storage[kind]
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    others = layout.num_parameters - layout.num_grid_weights
+    assert needs.disk_bytes == layout.num_grid_weights * bits / 8 + 2 * others
+    assert needs.memory_bytes < 1.11e9  # the libraries

@@ -87,7 +87,7 @@ def load_base(
         CheckpointError: the checkpoint does not fit the settings.
     """
     kind = storage.kind.name
-    _require_storage(source, kind)
+    require_storage(source, kind)
     model = _load_model(source, layout, kind, device)
     digests, num_on_grid, num_blocks = {}, 0, 0
     for name in layout.grid:
@@ -145,7 +145,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from problem
 
 
-def _require_storage(source: Source, kind: str) -> None:
+def require_storage(source: Source, kind: str) -> None:
+    """Check that a build can be kept in memory as `kind` (nf4, q4_0 or bf16).
+
+    Raises:
+        CheckpointError: it would lose what it has, or cannot have what it lost.
+    """
     if source.nf4_modules and kind != "nf4":
         raise CheckpointError(
             f"{source.folder} is stored as NF4 and storage={kind} was asked for, but NF4 has "

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.load import LoadedBase, load_plain, load_tokenizer
+from qatlora.base.source import Source
 from qatlora.errors import ConfigError
 
 
@@ -17,7 +19,7 @@ def load_teacher(base: LoadedBase, path: str | None, device: torch.device) -> Pr
         CheckpointError: transformers cannot load it.
     """
     if path is None:
-        _require_bf16_values(base)
+        require_bf16_values(base.source)
         return load_plain(base.source.folder, device, torch.bfloat16)
     folder = Path(path)
     if load_tokenizer(folder).get_vocab() != base.tokenizer.get_vocab():
@@ -28,17 +30,22 @@ def load_teacher(base: LoadedBase, path: str | None, device: torch.device) -> Pr
     return load_plain(folder, device, torch.bfloat16)
 
 
-def _require_bf16_values(base: LoadedBase) -> None:
-    """A packed build of weights on a grid decodes to its source's; any other build does not."""
-    source = base.source
+def require_bf16_values(source: Source) -> None:
+    """A packed build of weights on a grid decodes to its source's; any other build does not.
+
+    Raises:
+        ConfigError: the source has no bf16 values (any more).
+    """
     if source.nf4_modules:
         raise ConfigError(
             f"{source.folder} is an NF4 build, so it holds no bf16 teacher. Give "
             "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
         )
-    if source.packed_modules and not base.on_grid:
+    record = source.record
+    if source.packed_modules and record is not None and record.on_grid_share < ON_GRID_SHARE:
         raise ConfigError(
-            f"{source.folder} is a packed Q4_0 build of weights of which {base.on_grid_share:.2%} "
-            "lay on a grid, so their bf16 values are gone and the base would be its own teacher. "
-            "Give teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
+            f"{source.folder} is a packed Q4_0 build, and of its source's weights only "
+            f"{record.on_grid_share:.2%} lay on a grid: their bf16 values are gone, and the base "
+            "would be its own teacher. Give teacher.path=FOLDER of the bf16 checkpoint, or train "
+            "without one (teacher=none)."
         )

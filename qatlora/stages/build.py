@@ -7,8 +7,8 @@ from qatlora.base.record import GridRecord
 from qatlora.errors import CheckpointError, ConfigError
 from qatlora.export.build_nf4 import build_nf4, check_nf4
 from qatlora.export.build_q4_0 import build_q4_0
-from qatlora.export.card import CARD, model_card
 from qatlora.export.folders import copy_side_files
+from qatlora.report.card import CARD, model_card
 from qatlora.report.results import BaseResult
 from qatlora.report.results_build import BuildResult
 from qatlora.state import Run

@@ -146,10 +146,9 @@ def test_with_the_steps_of_its_source_most_levels_come_back(source: Path, tmp_pa
         searched = loaded(public, "nf4")
     assert not searched.on_grid
     without = levels_and_weights(searched, tmp_path / "bf16")
-    print("right levels, right weights", with_steps, without)
-    assert with_steps[0] > 0.9
-    assert with_steps[1] > 0.9
-    assert without[1] < 0.4
+    assert with_steps[0] > 0.93
+    assert with_steps[1] > 0.93
+    assert without[1] < 0.3
 
 
 def test_the_report_and_the_card_tell_how_it_was_made(tiny_llama_folder: Path, tmp_path: Path):
