@@ -192,8 +192,9 @@ def test_help_lists_recipes_with_purposes_and_groups_with_choices(command, monke
     text = capsys.readouterr().out
     assert "chat_sft     Fine-tune on chats" in text
     assert all(path.stem in text for path in shipped("recipes").glob("*.yaml"))
+    groups = text.partition("Groups (GROUP=CHOICE)")[2].splitlines()
     for path in shipped("conf").glob("*/*.yaml"):
-        (line,) = (line for line in text.splitlines() if line.split()[:1] == [path.parent.name])
+        (line,) = (line for line in groups if line.split()[:1] == [path.parent.name])
         assert path.stem in line
 
 

@@ -77,7 +77,7 @@ def load_data(
     notes: dict[str, Any] = {
         "chats": _about_chats(course, len(held_out)),
         "general": _about_general(general),
-        "replay": {part.text.name: part.weight for part in texts_of_replay},
+        "replay": {part.name: part.weight for part in texts_of_replay},
         "train": count(train, max_length),
         "held_out": {text.name: count(text.rows, max_length) for text in texts},
     }
