@@ -61,8 +61,11 @@ def test_a_saved_adapter_is_exported_again_and_refused_on_another_base(
     first = pipeline.run(cfg)
     again = settings(tiny_gemma3_folder, files, tmp_path / "again")
     again.stages = [name for name in STAGES if name not in ("train", "save_adapter")]
+    again.stages.insert(again.stages.index("report"), "save_base")
     again.adapter.path = str(tmp_path / "first" / "adapter")
     second = pipeline.run(again)
+    assert second.checkpoint is not None
+    assert second.checkpoint.on_grid_share == 1
     assert first.export is not None
     assert second.export is not None
     assert second.texts["task"]["merged"] == first.texts["task"]["merged"]

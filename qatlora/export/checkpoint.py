@@ -47,7 +47,7 @@ def require_plain(source: Source) -> None:
         kind = "an NF4" if source.nf4_modules else "a packed Q4_0"
         raise ExportError(
             f"{source.folder} is {kind} build, and a checkpoint on the grid is written from a bf16 "
-            "one. Give base.path of the bf16 checkpoint."
+            "one. Give base.path of the bf16 checkpoint; recipe=export_gguf writes the GGUF alone."
         )
 
 
