@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qatlora.base.stores import Store
-from qatlora.grid import Q4Blocks, decode
+from qatlora.grid import Q4Blocks, decode, eager_in_user_graphs
 
 
 class GridLinear(nn.Module):
@@ -35,6 +35,7 @@ class GridLinear(nn.Module):
         """The base's own blocks: its steps, and each latent rounded to the nearest level."""
         return Q4Blocks(self.store.steps, self.store.levels())
 
+    @eager_in_user_graphs
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] through the base's blocks, in the dtype of `x`."""
         weight = self.held_weight

@@ -54,11 +54,11 @@ class Store(nn.Module, ABC):
     @property
     @abstractmethod
     def read(self) -> LatentReader:
-        """What makes latents of rows of `_rows` and their steps."""
+        """The function from stored rows and their steps to latents."""
 
     @abstractmethod
     def _rows(self) -> Tensor:
-        """What is stored of every row, on the first axis; together with the steps, `read` reads it."""
+        """What is stored of every row, rows first; `read` makes latents of it and the steps."""
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
-from qatlora.grid.fused import fused
+from qatlora.grid.fused import eager_in_user_graphs, fused
 from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
@@ -31,6 +31,7 @@ __all__ = [
     "detect",
     "digest",
     "dither",
+    "eager_in_user_graphs",
     "encode_reference",
     "explains",
     "fused",

@@ -35,6 +35,12 @@ _OPTIONS: dict[str, Any] = {
 }
 _MOST_VARIANTS = 64  # of one kernel: types, stores, modes of autograd and autocast
 
+eager_in_user_graphs = torch.compiler.disable(
+    reason="qatlora computes a deployed weight by itself: traced into a larger graph, its fp16 "
+    "steps would lose their rounding, and what is trained would not be what is exported"
+)
+"""Decorates a layer's forward: a user's torch.compile breaks its graph there."""
+
 Fill = Callable[..., None]
 Trial = Callable[..., tuple[Any, ...]]
 
