@@ -143,15 +143,17 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    store = base.store
-    dithered = rule.dither == "always" or (rule.dither == "auto" and store.on_grid)
-    noise = Dither(rule.seed, base.tensor_name) if dithered else None
+    store, num_rows, width = base.store, len(up), down.shape[-1]
     product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps)
-    levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
+    by_row = by_column = None
+    if rule.dither == "always" or (rule.dither == "auto" and store.on_grid):
+        noise = Dither(rule.seed, base.tensor_name)
+        by_row, by_column = noise.ramps(slice(0, num_rows), width, up.device)
+    levels = torch.empty(num_rows, width, dtype=torch.int8, device=up.device)
     for rows, stored in store.stored_tiles():
-        ramps = (None, None) if noise is None else noise.ramps(rows, down.shape[-1], up.device)
         parts = (store.steps[rows], product.of_rows(rows), per_step[rows])
-        _fill_moved(levels[rows], store.read, stored, *parts, *ramps)
+        ramp = None if by_row is None else by_row[rows]
+        _fill_moved(levels[rows], store.read, stored, *parts, ramp, by_column)
     return Q4Blocks(store.steps, levels)
 
 
