@@ -19,7 +19,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from qatlora.errors import ConfigError
 
 VARIABLE = "QATLORA_COMPILE"
-_OPTIONS: dict[str, Any] = {
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "emulate_precision_casts": True,  # keeps fp16's rounding; no fused multiply-add in Triton
     "cpp.enable_floating_point_contract_flag": "off",  # nor in C++
     "eager_numerics.division_rounding": True,
@@ -35,14 +35,18 @@ _OPTIONS: dict[str, Any] = {
 }
 _MOST_VARIANTS = 64  # of one kernel: types, stores, modes of autograd and autocast
 
-eager_in_user_graphs = torch.compiler.disable(
-    reason="qatlora computes a deployed weight by itself: traced into a larger graph, its fp16 "
-    "steps would lose their rounding, and what is trained would not be what is exported"
-)
-"""Decorates a layer's forward: a user's torch.compile breaks its graph there."""
-
 Fill = Callable[..., None]
 Trial = Callable[..., tuple[Any, ...]]
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def eager_in_user_graphs(forward: Forward) -> Forward:
+    """Decorate a layer's forward: a user's torch.compile breaks its graph there."""
+    return torch.compiler.disable(
+        forward,
+        reason="qatlora computes a deployed weight by itself: traced into a larger graph, its fp16 "
+        "steps would lose their rounding, and what is trained would not be what is exported",
+    )
 
 
 def compiles_on(device: torch.device) -> bool:
@@ -91,12 +95,8 @@ class _Kernel:
 
     @functools.cached_property
     def _compiled(self) -> Fill:
-        return torch.compile(
-            self._fill,
-            fullgraph=True,
-            dynamic=True,
-            options=_OPTIONS,
-            recompile_limit=_MOST_VARIANTS,
+        return torch.compile(  # type: ignore[call-overload]  # its stubs lack recompile_limit
+            self._fill, dynamic=True, options=_OPTIONS, recompile_limit=_MOST_VARIANTS
         )
 
     def __call__(self, out: Tensor, *arguments: Any) -> None:
@@ -119,7 +119,8 @@ class _Kernel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in as many ways as there are compilers
-            reason = f"it cannot be compiled ({str(error).strip().splitlines()[0]})"
+            first_line, _, _ = f"{type(error).__name__}: {error}".partition("\n")
+            reason = f"it cannot be compiled ({first_line})"
         else:
             if torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
                 return True

@@ -11,9 +11,11 @@ from loaded_cases import adapted_model
 from peft import LoraConfig
 from store_cases import store_of
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from qatlora.adapters.deployed import changed_steps, deployed_weight
 from qatlora.adapters.layer import GridAdapter
+from qatlora.base import stores
 from qatlora.base.linear import GridLinear
 from qatlora.grid import Q4Blocks, decode
 from qatlora.grid.fused import VARIABLE
@@ -91,6 +93,7 @@ def test_compiled_blocks_are_eagers_blocks(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    counters.clear()
     for shape in SHAPES:
         layer = layer_of(kind, storage, shape, device, on_grid=on_grid, dither=dither)
         found = deployed_weight(layer)
@@ -100,6 +103,17 @@ def test_compiled_blocks_are_eagers_blocks(
             assert same_bits(found, deployed_weight(layer))
             assert same_bits(base, layer.get_base_layer().base_blocks())
         assert not same_bits(found, base)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("compile_kernels")
+def test_tiles_of_any_height_do_not_show_in_compiled_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = layer_of("lora", "q4_0", (7, 320), "cpu", on_grid=True, dither="auto")
+    whole = deployed_weight(layer)
+    monkeypatch.setitem(stores._TILE_WEIGHTS, "cpu", 3 * 320)  # 3, 3 and 1 rows
+    assert same_bits(deployed_weight(layer), whole)
 
 
 @pytest.mark.usefixtures("compile_kernels")
