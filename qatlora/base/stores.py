@@ -52,9 +52,9 @@ class Store(nn.Module, ABC):
         self.on_grid = on_grid
 
     @property
-    @abstractmethod
     def read(self) -> LatentReader:
-        """The function from stored rows and their steps to latents."""
+        """The function from stored rows and their steps to latents: a quotient."""
+        return snapped_latents if self.on_grid else latents
 
     @abstractmethod
     def _rows(self) -> Tensor:
@@ -120,11 +120,6 @@ class Bf16Store(Store):
         """Width of a row."""
         return self.weight.shape[-1]
 
-    @property
-    def read(self) -> LatentReader:
-        """The quotient by the steps."""
-        return snapped_latents if self.on_grid else latents
-
     def _rows(self) -> Tensor:
         return self.weight
 
@@ -154,7 +149,7 @@ class Q4Store(Store):
 
     @property
     def read(self) -> LatentReader:
-        """The levels in the codes."""
+        """The function that takes the levels out of the codes."""
         return unpacked_levels
 
     def _rows(self) -> Tensor:
@@ -181,11 +176,6 @@ class Nf4Store(Store):
     def in_features(self) -> int:
         """Width of a row."""
         return self.steps.shape[-1] * BLOCK_SIZE
-
-    @property
-    def read(self) -> LatentReader:
-        """The quotient by the steps."""
-        return snapped_latents if self.on_grid else latents
 
     def _rows(self) -> Tensor:
         return dequantized_nf4(self.weight)
