@@ -119,17 +119,21 @@ class _Kernel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in as many ways as there are compilers
-            first_line, _, _ = f"{type(error).__name__}: {error}".partition("\n")
-            reason = f"it cannot be compiled ({first_line})"
-        else:
-            if torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
-                return True
-            reason = "compiled, it differs from eager"
-        warnings.warn(
-            f"{self._fill.__name__} runs as single operators on {out.device}, which is right but "
-            f"slower: {reason}. Set {VARIABLE}=never to do so without a trial, or install a Triton "
-            "and a C++ compiler that this PyTorch supports.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+            reason = " ".join(f"{type(error).__name__}: {error}".splitlines()[:2])
+            _warn(f"a kernel cannot be compiled for {out.device} ({reason})")
+            return False
+        if torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+            return True
+        _warn(f"{self._fill.__name__}, compiled for {out.device}, differs from eager")
         return False
+
+
+@functools.cache  # one warning for all kernels that a missing compiler concerns
+def _warn(problem: str) -> None:
+    warnings.warn(
+        f"A deployed weight is computed by single operators, which is right but slower: {problem}. "
+        "Install a Triton and a C++ compiler that this PyTorch supports, or do without them "
+        f"({VARIABLE}=never).",
+        RuntimeWarning,
+        stacklevel=2,
+    )

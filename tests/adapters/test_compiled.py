@@ -28,7 +28,7 @@ SHAPES = [(24, 128), (7, 320)]
 def compile_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile everywhere, and let no kernel fall back to eager unnoticed."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs as single operators")
+        warnings.filterwarnings("error", message=".*computed by single operators")
         monkeypatch.setenv(VARIABLE, "always")
         yield
 
