@@ -9,6 +9,7 @@ shown only with QATLORA_TRACEBACK=1.
 import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config_rules import closest, validate
-from qatlora.errors import ConfigError, QatloraError
+from qatlora.errors import ConfigError, Interrupted, QatloraError
+from qatlora.interrupts import handled, interrupt
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
 
@@ -59,7 +61,10 @@ def main() -> None:
             return
         register_recipes(shipped("recipes"))
         _check_choices_are_named(arguments)
-        _run_hydra()
+        with handled([signal.SIGTERM], interrupt):
+            _run_hydra()
+    except Interrupted as stop:
+        _fail(str(stop), stop.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted; what was written before stays in the run folder.", _INTERRUPTED)
     except Exception as error:

@@ -297,7 +297,7 @@ class TrainConfig:
     save_steps: int = 20
     """Optimizer steps between two checkpoints."""
     resume: bool = False
-    """Continue the run in run_dir from its last checkpoint."""
+    """Go on with the run in run_dir from its last checkpoint; without one, start."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = Precision.auto

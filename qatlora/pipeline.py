@@ -48,10 +48,12 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
+from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -64,13 +66,15 @@ def run(cfg: RootConfig) -> RunReport:
         QatloraError: bad input (before any long work), or a failed gate (nothing published).
     """
     state = Run.start(cfg)
-    state.run_dir.mkdir(parents=True, exist_ok=True)
-    files.write_json(state.run_dir / "config.json", plain(dataclasses.asdict(cfg)))
-    for name in cfg.stages:
-        start = time.monotonic()
-        STAGES[name](state)
-        state.times.append(StageTime(name, time.monotonic() - start))
-    return report_of(state)
+    with claimed(state.run_dir):
+        settings = plain(dataclasses.asdict(cfg))
+        check_run_folder(state, settings)
+        files.write_json(state.run_dir / SETTINGS, settings)
+        for name in cfg.stages:
+            start = time.monotonic()
+            STAGES[name](state)
+            state.times.append(StageTime(name, time.monotonic() - start))
+        return report_of(state)
 
 
 def _preflight(state: Run) -> None:

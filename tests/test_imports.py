@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "progress": set(),
     "quiet": set(),
     "memory": set(),
+    "interrupts": set(),
+    "run_folder": set(),
     "grid": set(),
     "llamacpp": {"registry"},
     "config": set(),
@@ -31,7 +33,16 @@ MAY_IMPORT = {
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
     "evaluate": {"config", "distill", "adapters", "progress"},
-    "train": {"config", "adapters", "distill", "data", "evaluate", "progress", "memory"},
+    "train": {
+        "config",
+        "adapters",
+        "distill",
+        "data",
+        "evaluate",
+        "progress",
+        "memory",
+        "interrupts",
+    },
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
@@ -53,11 +64,13 @@ MAY_IMPORT = {
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
-    "__main__": {"config", "config_rules", "pipeline", "quiet"},
+    "__main__": {"config", "config_rules", "interrupts", "pipeline", "quiet"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-WITHOUT_TORCH = ("errors", "files", "paths", "registry", "config", "config_rules", "__main__")
+WITHOUT_TORCH = (
+    "errors", "files", "paths", "registry", "config", "config_rules", "interrupts", "__main__",
+)  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}
 TORCH_ONLY = ("grid", "distill")
 

@@ -25,6 +25,7 @@ from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chu
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
+from qatlora.train import checkpoints
 
 _TERMS = ("ce", "kl", "general_kl")
 _PARAMETERS = "trainable.safetensors"
@@ -81,9 +82,11 @@ class GridTrainer(SFTTrainer):
         self._sums = torch.zeros(len(_TERMS), dtype=torch.float64)
         self._counts = torch.zeros(len(_TERMS), dtype=torch.float64)
         self.num_loss_tokens = 0
+        self._micro_batch = 0  # of the step at work, from 1
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens of the step that carry a loss: [chat, replay], over all processes."""
+        self._micro_batch = 0
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batch_samples:
             per_row = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1)
@@ -124,6 +127,8 @@ class GridTrainer(SFTTrainer):
             token_kl_weight=token_kl,
             settings=self.objective.settings,
         )
+        self._micro_batch += 1
+        self._require_finite("loss", loss.total)
         self._remember(loss.token_ce, loss.token_kl, token_ce, token_kl, general)
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
@@ -154,6 +159,43 @@ class GridTrainer(SFTTrainer):
             self._sums.zero_()
             self._counts.zero_()
         super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        norm: Tensor = super()._clip_grad_norm(model)
+        self._require_finite("gradient", norm)
+        return norm
+
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        """Stop before a step is taken, so that no checkpoint holds what it would leave.
+
+        Raises:
+            TrainError: with the step, the micro-batch and the last checkpoint.
+        """
+        if bool(value.isfinite()):
+            return
+        last = checkpoints.last_checkpoint(Path(self.args.output_dir).parent)
+        raise TrainError(
+            f"The {name} of step {self.state.global_step + 1}, micro-batch {self._micro_batch}, is "
+            f"{value.item()}, and only a finite one can be learned from. The last checkpoint is "
+            f"{last or 'not yet written'}; resumed, it would meet the same step. Lower "
+            "train.learning_rate and start anew in another run_dir, or look at the step's data."
+        )
+
+    def store_flos(self) -> None:
+        """Count none: nobody reads them, and it would wait for processes that write nothing."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """One process writes, beside the place; the others wait.
+
+        Training draws no random numbers (the dither is a counter), so one state serves all.
+        """
+        if self.args.should_save:
+            super()._save_checkpoint(model, trial)
+            checkpoints.keep(Path(self.args.output_dir).parent, self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.scratch(Path(self.args.output_dir).parent))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoint the trainable parameters: all that training changes in a model."""
