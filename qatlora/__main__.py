@@ -9,6 +9,7 @@ shown only with QATLORA_TRACEBACK=1.
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -32,7 +33,9 @@ from qatlora.quiet import quiet_libraries
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
 _INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
-_ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_ENVIRONMENT_ERRNOS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 _HELP = """\
 Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -168,12 +171,20 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         return _one_paragraph(str(error)), error.exit_code
     if isinstance(error, HydraException):
         return _explain_composition(error), ConfigError.exit_code
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+    if _errno_of(error) in _ENVIRONMENT_ERRNOS:
         return (
             f"{error}. Free some space or grant access, or write elsewhere with run_dir=FOLDER "
             "and QATLORA_CACHE=FOLDER."
         ), QatloraError.exit_code
     return None
+
+
+def _errno_of(error: Exception) -> int | None:
+    """What the system refused; safetensors says it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _explain_composition(error: HydraException) -> str:

@@ -8,12 +8,14 @@ whole step, over all micro-batches and processes, so the loss does not depend on
 """
 
 import operator
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -188,10 +190,22 @@ class GridTrainer(SFTTrainer):
         """One process writes, beside the place; the others wait.
 
         Training draws no random numbers (the dither is a counter), so one state serves all.
+
+        Raises:
+            TrainError: it cannot be written, for the reason that the writer gives.
         """
+        run_dir = Path(self.args.output_dir).parent
         if self.args.should_save:
-            super()._save_checkpoint(model, trial)
-            checkpoints.keep(Path(self.args.output_dir).parent, self.state.global_step)
+            try:
+                super()._save_checkpoint(model, trial)
+                checkpoints.keep(run_dir, self.state.global_step)
+            except (OSError, RuntimeError, SafetensorError) as problem:
+                free = shutil.disk_usage(run_dir).free
+                raise TrainError(
+                    f"The checkpoint of step {self.state.global_step} could not be written below "
+                    f"{run_dir}, where {free / 1e9:.3f} GB are free: {problem}. Make room or grant "
+                    f"access there, and go on with train.resume=true run_dir={run_dir}."
+                ) from problem
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
