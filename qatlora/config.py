@@ -38,6 +38,9 @@ STAGES = (
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
 
+CHAT_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Files that data=files can read."""
+
 
 class Storage(Enum):
     """How the base's trained layers are held in memory."""
@@ -79,10 +82,22 @@ class Precision(Enum):
 
 
 class DataKind(Enum):
-    """Where the conversations come from."""
+    """Where the conversations come from: embedded, JSONL, files by their suffix, or the hub."""
 
     chitchat = "chitchat"
     jsonl = "jsonl"
+    files = "files"
+    hub = "hub"
+
+
+class ChatFormat(Enum):
+    """How records hold a conversation; qatlora/data/formats.py says what each one is."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
 
 
 class TeacherKind(Enum):
@@ -230,7 +245,16 @@ class DataConfig:
 
     kind: DataKind = DataKind.chitchat
     path: str | None = None
-    """JSONL file with one {"messages": [...]} per line, for kind jsonl."""
+    """File for the kinds jsonl and files (.jsonl, .json or .parquet)."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Several files in place of path, and the weights by which training rows come from them."""
+    hub_id: str | None = None
+    """Data set on the Hugging Face hub, or a folder laid out like one, for kind hub."""
+    hub_split: str = "train"
+    format: ChatFormat = ChatFormat.auto
+    """Layout of the records; auto: as the first one of each set shows."""
+    packing: bool = False
+    """Fill training rows with several conversations, which do not see each other."""
     system_prompt: str | None = None
     """System turn put before every conversation that has none."""
     general: str = "wiki"
@@ -470,6 +494,9 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    root.data.mix = {
+        str(Path(path).expanduser().absolute()): weight for path, weight in root.data.mix.items()
+    }
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
 
