@@ -21,6 +21,7 @@ STAGES = (
     "preflight",
     "inspect",
     "build",
+    "preview_data",
     "load_data",
     "load_base",
     "attach",
@@ -273,6 +274,16 @@ class DataConfig:
 
 
 @dataclass
+class PreviewConfig:
+    """How much of the conversations the recipe data_preview renders."""
+
+    num_examples: int = 3
+    """Rows shown in full."""
+    max_conversations: int = 2000
+    """Conversations rendered and counted at most; all are read and checked."""
+
+
+@dataclass
 class TeacherConfig:
     """The teacher and the weights of the three loss terms (each a mean in nats per token)."""
 
@@ -441,6 +452,7 @@ class RootConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -37,6 +37,8 @@ _MINIMA = {
     "data.eval_tokens": 1,
     "data.replay_rows_per_step": 0,
     "data.num_prompts": 0,
+    "preview.num_examples": 0,
+    "preview.max_conversations": 1,
     "train.max_steps": 1,
     "train.rows_per_step": 1,
     "train.micro_batch_rows": 1,

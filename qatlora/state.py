@@ -38,6 +38,7 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_preview import PreviewResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -58,6 +59,7 @@ class Run:
     inspection: InspectResult | None = None
     benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    preview: PreviewResult | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
     built_base: BaseResult | None = None  # the base that a built folder is
@@ -111,6 +113,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         export=state.export,
         inspect=state.inspection,
+        preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
         changes=state.changes,

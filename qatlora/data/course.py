@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from qatlora.data.encode import ChatEncoder
+from qatlora.data.encode import ChatEncoder, Encoded
 from qatlora.data.packing import packed
 from qatlora.data.rows import Row
 from qatlora.data.sources import ChatMixture
@@ -89,6 +89,10 @@ class ChatCourse:
 
     def encoded(self, indices: Sequence[int]) -> Iterator[Row]:
         """Rows of the conversations in the order of `indices`, read when they are needed."""
+        return (outcome.row for outcome in self.outcomes(indices) if outcome.row is not None)
+
+    def outcomes(self, indices: Sequence[int]) -> Iterator[Encoded]:
+        """What becomes of the conversations (or windows of them), a row or a reason."""
         for first in range(0, len(indices), _CONVERSATIONS_PER_BATCH):
             batch = [self.chats[i] for i in indices[first : first + _CONVERSATIONS_PER_BATCH]]
             self.num_used += len(batch)
@@ -104,8 +108,7 @@ class ChatCourse:
                 self.num_cut_tokens += encoded.num_cut_tokens
                 if encoded.row is None:
                     self.dropped[str(encoded.dropped)] += 1
-                else:
-                    yield encoded.row
+                yield encoded
 
     def nothing_left(self, part: str) -> DataError:
         """The error that no conversation of the part `part` gave a row."""

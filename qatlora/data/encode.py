@@ -49,11 +49,13 @@ class Encoded:
         row: None if the conversation had to be left out.
         dropped: the reason, if so.
         num_cut_tokens: tokens that did not fit into the row.
+        num_tokens: up to the end of the last answer, uncut; 0 where nothing was rendered.
     """
 
     row: Row | None
     dropped: str | None = None
     num_cut_tokens: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,10 @@ class ChatEncoder:
         # Without a whole answer its beginning is used: still the assistant's own words.
         length = whole_turns[-1] if whole_turns else limit
         if not any(mask[1:length]):
-            return Encoded(None, NO_ANSWER_FITS)
+            return Encoded(None, NO_ANSWER_FITS, num_tokens=ends[-1] if ends else len(ids))
         labels = [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
         row = Row(ids[:length], labels[:length], "chat")
-        return Encoded(row, num_cut_tokens=ends[-1] - length)
+        return Encoded(row, num_cut_tokens=ends[-1] - length, num_tokens=ends[-1])
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

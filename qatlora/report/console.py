@@ -11,7 +11,14 @@ from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.preview_text import (
+    LENGTH_HEADER,
+    example_title,
+    highlighted,
+    length_rows,
+)
 from qatlora.report.results import GuardResult, InspectResult, RunReport
+from qatlora.report.results_preview import PreviewResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -25,6 +32,8 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_score_table(rows))
     if report.inspect:
         parts.append(_inspect_table(report.inspect))
+    if report.preview:
+        parts += _preview_parts(report.preview)
     if report.benchmark:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.guard and report.guard.gates:
@@ -54,6 +63,16 @@ def _inspect_table(result: InspectResult) -> Table:
     for row in kind_rows(result):
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
+
+
+def _preview_parts(result: PreviewResult) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for number, example in enumerate(result.examples, 1):
+        parts += [Text(example_title(example, number), style="bold"), highlighted(example), Text()]
+    return [
+        *parts,
+        _plain_table("lengths up to the last answer", LENGTH_HEADER, length_rows(result)),
+    ]
 
 
 def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
