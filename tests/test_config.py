@@ -30,11 +30,13 @@ CHOICES = sorted(
 REMEDY = r"\b(set|use|give|add|raise|change|choose|correct|reorder|did you mean|must be)\b"
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, keep_hydra: bool = False) -> DictConfig:
     register_recipes(shipped("recipes"))
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
         cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    if keep_hydra:
+        return cfg
     with open_dict(cfg):
         del cfg["hydra"]  # as Hydra does before it calls the run
     cfg.run_dir = "runs/test"

@@ -53,11 +53,21 @@ MAY_IMPORT = {
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
-    "__main__": {"config", "config_rules", "pipeline", "quiet"},
+    "sweep": set(),
+    "__main__": {"config", "config_rules", "pipeline", "progress", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-WITHOUT_TORCH = ("errors", "files", "paths", "registry", "config", "config_rules", "__main__")
+WITHOUT_TORCH = (
+    "errors",
+    "files",
+    "paths",
+    "registry",
+    "config",
+    "config_rules",
+    "sweep",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}
 TORCH_ONLY = ("grid", "distill")
 

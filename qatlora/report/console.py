@@ -35,7 +35,7 @@ def to_console(report: RunReport) -> RenderableType:
     if report.preview:
         parts += _preview_parts(report.preview)
     if report.benchmark:
-        parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
+        parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -71,12 +71,12 @@ def _preview_parts(result: PreviewResult) -> list[RenderableType]:
         parts += [Text(example_title(example, number), style="bold"), highlighted(example), Text()]
     return [
         *parts,
-        _plain_table("lengths up to the last answer", LENGTH_HEADER, length_rows(result)),
+        plain_table("lengths up to the last answer", LENGTH_HEADER, length_rows(result)),
     ]
 
 
-def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
-    """The first column to the left, figures to the right."""
+def plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
+    """A table whose first column stands to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name.replace(" ", "\n"), justify="right" if index else "left")
