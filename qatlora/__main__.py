@@ -29,6 +29,7 @@ from qatlora.config_rules import closest, validate
 from qatlora.errors import ConfigError, QatloraError, SweepFailed
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
+from qatlora.report.results_sweep import SweepResult
 from qatlora.sweep import SweepFolder, gather, record_run
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
@@ -142,10 +143,15 @@ def _run_hydra() -> None:
     conf = str(shipped("conf"))
     try:
         hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
-    finally:
-        _end_sweep()
+    finally:  # an interrupted sweep has a table, too
+        sweep = _end_sweep()
     if failures:
         raise failures[0]
+    if sweep and sweep.num_failed:
+        raise SweepFailed(
+            f"{sweep.num_failed} of the {len(sweep.runs)} runs of the sweep failed; their reasons "
+            f"stand above and in {sweep.folder}/sweep.md."
+        )
 
 
 def _run_job(cfg: DictConfig) -> None:
@@ -171,27 +177,15 @@ def _run_job(cfg: DictConfig) -> None:
     gc.collect()  # the next run may need the memory of this one's models
 
 
-def _end_sweep() -> None:
-    """Write and show the table of a sweep; nothing after a single run.
-
-    Raises:
-        SweepFailed: a run failed.
-    """
+def _end_sweep() -> SweepResult | None:
+    """Write and show the table of a sweep; None after a single run."""
     sweep = gather(SweepFolder.current) if SweepFolder.current else None
-    if sweep is None:
-        return
-    from qatlora.progress import console
-    from qatlora.report.sweep_table import MARKDOWN_NAME, to_console, write_sweep
+    if sweep is not None:
+        from qatlora.report.sweep_table import show, write_sweep  # imports the plots
 
-    write_sweep(sweep)
-    console.print(to_console(sweep))
-    where = Path(sweep.folder) / MARKDOWN_NAME
-    if sweep.num_failed:
-        raise SweepFailed(
-            f"{sweep.num_failed} of the {len(sweep.runs)} runs of the sweep failed; their reasons "
-            f"stand above and in {where}."
-        )
-    console.print(f"The table is in {where}.", soft_wrap=True)
+        write_sweep(sweep)
+        show(sweep)
+    return sweep
 
 
 def _run_pipeline(cfg: DictConfig) -> None:

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "sweep": set(),
-    "__main__": {"config", "config_rules", "pipeline", "progress", "quiet", "report", "sweep"},
+    "__main__": {"config", "config_rules", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 

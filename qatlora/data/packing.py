@@ -23,7 +23,8 @@ def packed(rows: Iterable[Row], max_length: int) -> Iterator[Row]:
             group.append(row)
             continue
         if len(waiting) == _OPEN_ROWS:
-            yield _joined(waiting.pop(0))
+            fullest = max(range(_OPEN_ROWS), key=lambda place: _length(waiting[place]))
+            yield _joined(waiting.pop(fullest))
         waiting.append([row])
     yield from map(_joined, waiting)
 

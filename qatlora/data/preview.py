@@ -90,13 +90,13 @@ def preview(
 
 
 def _histogram(lengths: Sequence[int]) -> list[LengthBin]:
-    """Bins that end at powers of two."""
-    last = _SHORTEST_BIN_TOKENS
-    bins = []
-    first = 1
+    """Bins that end at powers of two and half way between them."""
+    bins: list[LengthBin] = []
+    first, last = 1, _SHORTEST_BIN_TOKENS
     while first <= max(lengths):
         bins.append(LengthBin(first, last, sum(first <= length <= last for length in lengths)))
-        first, last = last + 1, 2 * last
+        is_power = last & (last - 1) == 0
+        first, last = last + 1, last * 3 // 2 if is_power else last * 4 // 3
     while not bins[0].count:
         bins.pop(0)
     return bins

@@ -123,25 +123,21 @@ class TableRows:
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
-        columns = [column for column in dataset.column_names if column in COLUMNS]
         # As Arrow, not decoded: a column of images could name a file or an address to open.
+        columns = _known(dataset.column_names)
         self._rows = dataset.select_columns(columns).with_format("arrow")
-        self._columns = dataset.column_names
 
     def scan(self) -> Iterator[tuple[Place, int, Any]]:
         """See `Records`."""
         for first in range(0, len(self._rows), _ROWS_PER_BATCH):
             batch = self._rows[first : first + _ROWS_PER_BATCH].to_pylist()
             for index, row in enumerate(batch, first):
-                yield Place(self.name, "row", index + 1), index, self._record(row)
+                yield Place(self.name, "row", index + 1), index, _without_nulls(row)
 
     def read(self, key: int, place: Place) -> Any:
         """See `Records`."""
         [row] = self._rows[key : key + 1].to_pylist()
-        return self._record(row)
-
-    def _record(self, row: dict[str, Any]) -> Any:
-        return _without_nulls(row) if row else dict.fromkeys(self._columns)
+        return _without_nulls(row)
 
 
 def open_records(path: Path, kind: DataKind) -> Records:
@@ -172,14 +168,14 @@ def open_hub(hub_id: str, split: str) -> Records:
     import datasets
 
     def load() -> Any:
-        builder = datasets.load_dataset_builder(hub_id, cache_dir=_tables_folder())
+        builder = datasets.load_dataset_builder(hub_id, cache_dir=str(_tables_folder()))
         kind = builder.info.builder_name
         if kind not in _TABLE_BUILDERS:
             raise DataError(
                 f"data.hub_id={hub_id}: its files are read as {kind!r}, and only "
                 f"{' and '.join(_TABLE_BUILDERS)} are allowed. Convert it, and use data=files."
             )
-        return datasets.load_dataset(hub_id, split=split, cache_dir=_tables_folder())
+        return datasets.load_dataset(hub_id, split=split, cache_dir=str(_tables_folder()))
 
     remedy = (
         "Check the id and data.hub_split; without a network, take the set's parquet files from a "
@@ -194,9 +190,8 @@ def _open_parquet(path: Path) -> Records:
 
     def load() -> Any:
         names = pyarrow.parquet.read_schema(path).names
-        columns = [name for name in names if name in COLUMNS] or names[:1]
         return datasets.Dataset.from_parquet(
-            str(path), columns=columns, cache_dir=str(_tables_folder())
+            str(path), columns=_known(names), cache_dir=str(_tables_folder())
         )
 
     return TableRows(str(path), _loaded(load, str(path), "Give a whole parquet file."))
@@ -218,6 +213,11 @@ def _loaded(load: Callable[[], Any], what: str, remedy: str) -> Any:
 
 def _tables_folder() -> Path:
     return cache_folder() / "datasets"
+
+
+def _known(columns: list[str]) -> list[str]:
+    """The columns that a format reads; all of them where none does, for the error to name."""
+    return [name for name in columns if name in COLUMNS] or columns
 
 
 def _without_nulls(value: Any) -> Any:

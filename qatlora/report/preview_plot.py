@@ -9,11 +9,11 @@ LENGTHS_PLOT = "lengths.png"
 
 
 def lengths_figure(result: PreviewResult | None) -> Figure | None:
-    """Bars between powers of two, on a logarithmic axis; None without a preview."""
+    """A bar per bin, on a logarithmic axis; None without a preview."""
     if result is None:
         return None
     figure, [axis] = new_panels(1)
-    starts = [max(one.first - 1, one.last // 2) for one in result.lengths]  # equally wide bars
+    starts = [max(one.first - 1, one.last // 2) for one in result.lengths]  # none begins at 0
     widths = [one.last - start for one, start in zip(result.lengths, starts, strict=True)]
     counts = [one.count for one in result.lengths]
     axis.bar(starts, counts, widths, align="edge", color=BLUE, edgecolor="white")

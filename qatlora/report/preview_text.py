@@ -11,7 +11,7 @@ from qatlora.report.results_preview import PreviewExample, PreviewResult
 OPENING, CLOSING = "⟦", "⟧"
 """Marks around trained tokens, for a place without colour."""
 
-LENGTH_HEADER = ("tokens", "conversations", "share", "")
+LENGTH_HEADER = ("tokens", "number", "share", "")
 _TRAINED_STYLE = "bold green"
 _BAR_WIDTH = 30
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from qatlora.files import replacing, write_text
 from qatlora.report.console import plain_table
@@ -71,10 +71,23 @@ def to_markdown(result: SweepResult, *, has_plot: bool) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def show(result: SweepResult) -> None:
+    """Print the figures that the plot shows, narrow enough for a terminal."""
+    console = Console(stderr=True, highlight=False)
+    console.print(to_console(result))
+    console.print(f"The table is in {Path(result.folder) / MARKDOWN_NAME}.", soft_wrap=True)
+
+
 def to_console(result: SweepResult) -> RenderableType:
-    """The same table for a terminal."""
-    header = ("run", *result.differing, "status", *_HEADERS)
-    return plain_table("sweep", header, [_cells(run) for run in result.runs])
+    """A row per run, without what fits only into a file."""
+    keys = [key.rpartition(".")[2].replace("_", " ") for key in result.differing]
+    header = ("run", *keys, "status", "task perplexity", "general KLD", "failed gates", "time")
+    rows = []
+    for run in result.runs:
+        number, *settings, status, perplexity, _, _, kld, _, time = _cells(run)
+        failed = ", ".join(run.failed_gates)
+        rows.append([number, *settings, status, perplexity, kld, failed, time])
+    return plain_table("sweep", header, rows)
 
 
 def _cells(run: SweepRun) -> list[str]:
