@@ -247,8 +247,10 @@ class DataConfig:
     kind: DataKind = DataKind.chitchat
     path: str | None = None
     """File for the kinds jsonl and files (.jsonl, .json or .parquet)."""
-    mix: dict[str, float] = field(default_factory=dict)
-    """Several files in place of path, and the weights by which training rows come from them."""
+    paths: list[str] = field(default_factory=list)
+    """Several files in place of path."""
+    weights: list[float] = field(default_factory=list)
+    """Shares by which training rows come from `paths`; empty: by their numbers of conversations."""
     hub_id: str | None = None
     """Data set on the Hugging Face hub, or a folder laid out like one, for kind hub."""
     hub_split: str = "train"
@@ -506,9 +508,7 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
-    root.data.mix = {
-        str(Path(path).expanduser().absolute()): weight for path, weight in root.data.mix.items()
-    }
+    root.data.paths = [str(Path(path).expanduser().absolute()) for path in root.data.paths]
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
 

@@ -77,8 +77,8 @@ _POSITIVE = (
 
 _KEYS_OF_KIND = {
     DataKind.chitchat: (),
-    DataKind.jsonl: ("data.path", "data.mix"),
-    DataKind.files: ("data.path", "data.mix"),
+    DataKind.jsonl: ("data.path", "data.paths"),
+    DataKind.files: ("data.path", "data.paths"),
     DataKind.hub: ("data.hub_id",),
 }
 _WHERE_FROM = {
@@ -86,8 +86,8 @@ _WHERE_FROM = {
         "that set comes from a package and reads no file. Add data=jsonl, data=files or data=hub, "
         "or leave the key out."
     ),
-    DataKind.jsonl: "give data.path=FILE.jsonl, or several files as data.mix={FILE: WEIGHT, ..}.",
-    DataKind.files: "give data.path=FILE, or several files as data.mix={FILE: WEIGHT, ..}.",
+    DataKind.jsonl: "give data.path=FILE.jsonl, or several files as data.paths=[FILE,FILE].",
+    DataKind.files: "give data.path=FILE, or several files as data.paths=[FILE,FILE].",
     DataKind.hub: "give data.hub_id=OWNER/NAME and nothing else; files are read by data=files.",
 }
 
@@ -225,7 +225,7 @@ def _check_data(cfg: RootConfig) -> None:
 def _check_chat_source(data: DataConfig) -> None:
     """Each kind of data has its own key, and a key of another kind would be passed over."""
     kind = data.kind.name
-    given = {"data.path": data.path, "data.mix": data.mix, "data.hub_id": data.hub_id}
+    given = {"data.path": data.path, "data.paths": data.paths, "data.hub_id": data.hub_id}
     allowed = _KEYS_OF_KIND[data.kind]
     for key, value in given.items():
         if value and key not in allowed:
@@ -238,14 +238,23 @@ def _check_chat_source(data: DataConfig) -> None:
         raise ConfigError(
             f"data.format={data.format.name} with data=chitchat: {_WHERE_FROM[data.kind]}"
         )
-    for path in [data.path] if data.path else data.mix:
+    for path in [data.path] if data.path else data.paths:
         _check_chat_file(path, data.kind)
-    for path, weight in data.mix.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(
-                f"data.mix: {path} has the weight {weight}, which must be greater than 0. Raise "
-                "it, or leave the file out."
-            )
+    if len(set(data.paths)) < len(data.paths):
+        raise ConfigError(
+            f"data.paths={data.paths}: a file is named twice. Give each once; data.weights says "
+            "how much of it is used."
+        )
+    if data.weights and len(data.weights) != len(data.paths):
+        raise ConfigError(
+            f"data.weights={data.weights} for {len(data.paths)} files in data.paths: there must be "
+            "one weight per file. Give as many, or none for their numbers of conversations."
+        )
+    if not all(math.isfinite(weight) and weight > 0 for weight in data.weights):
+        raise ConfigError(
+            f"data.weights={data.weights}: each must be greater than 0. Raise it, or leave the "
+            "file out."
+        )
 
 
 def _check_chat_file(path: str, kind: DataKind) -> None:

@@ -96,7 +96,7 @@ def open_conversations(settings: DataConfig, rules: TurnRules) -> ChatMixture:
         part = open_chats(records, rules, settings.format)
         progress.say(f"{part.name}: {len(part):,} conversations, format {part.format}")
         parts.append(part)
-    return ChatMixture(parts, list(settings.mix.values()) or [1.0])
+    return ChatMixture(parts, settings.weights or [float(len(part)) for part in parts])
 
 
 def _own_records(settings: DataConfig) -> list[Records]:
@@ -104,10 +104,10 @@ def _own_records(settings: DataConfig) -> list[Records]:
         if settings.hub_id is None:
             raise ConfigError("data=hub without data.hub_id: give data.hub_id=OWNER/NAME.")
         return [open_hub(settings.hub_id, settings.hub_split)]
-    paths = list(settings.mix) or [settings.path]
+    paths = settings.paths or [settings.path]
     if paths == [None]:
         raise ConfigError(
             f"data={settings.kind.name} without data.path: give data.path=FILE, or several files "
-            "as data.mix={FILE: WEIGHT, ..}."
+            "as data.paths=[FILE,FILE]."
         )
     return [open_records(Path(str(path)).expanduser(), settings.kind) for path in paths]

@@ -81,7 +81,7 @@ def show(result: SweepResult) -> None:
 def to_console(result: SweepResult) -> RenderableType:
     """A row per run, without what fits only into a file."""
     keys = [key.rpartition(".")[2].replace("_", " ") for key in result.differing]
-    header = ("run", *keys, "status", "task perplexity", "general KLD", "failed gates", "time")
+    header = ("run", *keys, "status", "task PPL", "general KLD", "failed gates", "time")
     rows = []
     for run in result.runs:
         number, *settings, status, perplexity, _, _, kld, _, time = _cells(run)

@@ -28,7 +28,9 @@ def write_files(folder, num=40):
 
 def loaded(tokenizer, mix, max_steps=20, **settings):
     defaults = {"max_length_tokens": 192, "eval_tokens": 400, "eval_rows": 8, "num_prompts": 0}
-    config = DataConfig(kind=DataKind.files, mix=mix, **(defaults | settings))
+    config = DataConfig(
+        kind=DataKind.files, paths=list(mix), weights=list(mix.values()), **(defaults | settings)
+    )
     return load_data(config, tokenizer, seed=1, max_steps=max_steps, rows_per_step=4)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from pipeline_cases import settings, write_data
 from transformers import AutoModelForCausalLM
 
+from qatlora import pipeline
 from qatlora.data.packing import packed
 from qatlora.data.rows import IGNORED, Row
 from qatlora.evaluate import final_hidden_states
@@ -63,3 +65,17 @@ def test_positions_count_from_the_beginning_of_each_conversation():
     expected = [*range(5), *range(33), *range(48)]
     assert batch["position_ids"][0].tolist() == expected
     assert batch["position_ids"][1].tolist() == [*range(70), *range(16)]
+
+
+def test_a_run_trains_on_packed_rows_under_its_teacher(tiny_gemma3_folder, tmp_path):
+    data = write_data(tmp_path)
+    tokens = {}
+    for packing in (False, True):
+        cfg = settings(tiny_gemma3_folder, data, tmp_path / str(packing))
+        cfg.stages = ["preflight", "load_data", "load_base", "attach", "train"]
+        cfg.data.packing, cfg.train.max_steps, cfg.data.max_length_tokens = packing, 2, 256
+        report = pipeline.run(cfg)
+        assert all(point.kl > 0 for point in report.train.history)
+        tokens[packing] = report.data_notes["train"]["scored_tokens"]
+        assert report.train.tokens == tokens[packing]
+    assert tokens[True] > tokens[False]
