@@ -281,7 +281,7 @@ class PreviewConfig:
 
     num_examples: int = 3
     """Rows shown in full."""
-    max_conversations: int = 2000
+    max_conversations: int = 1000
     """Conversations rendered and counted at most; all are read and checked."""
 
 

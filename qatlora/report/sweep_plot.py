@@ -30,6 +30,14 @@ def sweep_figure(result: SweepResult) -> Figure | None:
         _draw(axis, title, figure, result.runs)
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)
+    known = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    panel.legend(
+        list(known.values()), list(known), loc="outside lower center", ncols=3, frameon=False
+    )
     return panel
 
 
@@ -50,12 +58,15 @@ def _draw(
             axis.scatter(*zip(*points, strict=True), color=color, marker=marker, s=60, label=label)
     axis.set_yticks(range(len(runs)), [_label(run) for run in runs])
     axis.set_ylim(len(runs) - 0.5, -0.5)
-    axis.set(title=title, xlabel="nats per token" if "KLD" in title else "perplexity")
-    axis.legend(frameon=False)
+    if "KLD" in title:
+        axis.set_xlabel("nats per token")
+    else:
+        axis.set(xlabel="perplexity", xscale="log")  # a trained run may have a hundredth
+    axis.set_title(title)
 
 
 def _label(run: SweepRun) -> str:
-    changed = ", ".join(f"{key}={value}" for key, value in run.settings.items())
+    changed = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
     text = f"{run.number}: {changed}" if changed else str(run.number)
     too_long = len(text) > _MAX_LABEL_CHARACTERS
     return text[: _MAX_LABEL_CHARACTERS - 3] + "..." if too_long else text

@@ -7,7 +7,6 @@ whole step, over all micro-batches and processes, so the loss does not depend on
          + general_kl_weight * mean KL(replay)
 """
 
-import dataclasses
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ class RowCollator:
 
 def training_record(row: Row) -> dict[str, Any]:
     """A row as the columns that `RowCollator` reads."""
-    return dataclasses.asdict(row)
+    return dict(vars(row))
 
 
 def _positions(starts: list[int], length: int) -> Tensor:
