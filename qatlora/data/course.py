@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from qatlora.data.chats import Chats
 from qatlora.data.encode import ChatEncoder
-from qatlora.data.rows import Row
+from qatlora.data.rows import Row, first_rows
 from qatlora.errors import DataError
 
 _CONVERSATIONS_PER_BATCH = 32
@@ -68,13 +68,7 @@ class ChatCourse:
         """
         candidates = list(self.encoded(indices))
         random.Random("held out").shuffle(candidates)
-        rows: list[Row] = []
-        total = 0
-        for row in candidates:
-            if rows and total + row.num_scored_tokens > num_tokens:
-                break
-            rows.append(row)
-            total += row.num_scored_tokens
+        rows = first_rows(candidates, num_tokens)
         if not rows:
             raise self.nothing_left("held-out")
         return rows
