@@ -400,8 +400,8 @@ class FidelityConfig:
     """Which models the recipe `fidelity` compares, with what, and on which texts."""
 
     models: list[str] = field(default_factory=lambda: ["nf4", "q4_0", "q4_0_reference"])
-    """nf4, q4_0, q4_0_reference or bf16 (the base stored so), or PLACE or PLACE@STORAGE, where PLACE
-    is a folder, a GGUF file, hub:ID or embedded:NAME; see qatlora/model_spec.py."""
+    """Each is nf4, q4_0, q4_0_reference or bf16 (the base stored so), or PLACE or PLACE@STORAGE,
+    where PLACE is a folder, a GGUF file, hub:ID or embedded:NAME; see qatlora/model_spec.py."""
     reference: str | None = None
     """A model like those; null: each model's own bf16 checkpoint, else the base in bf16."""
     texts: list[str] = field(default_factory=lambda: ["wiki", "c4", "chats"])

@@ -311,6 +311,6 @@ def _check_fidelity(fidelity: FidelityConfig) -> None:
         parse_models("fidelity.reference", [fidelity.reference])
     if not fidelity.texts or len(set(fidelity.texts)) < len(fidelity.texts):
         raise ConfigError(
-            f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. Set "
-            "fidelity.texts to such a list, as [wiki,c4,chats]."
+            f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. "
+            "Set fidelity.texts to such a list, as [wiki,c4,chats]."
         )

@@ -4,9 +4,9 @@
     PLACE                                 a model as it is stored
     PLACE@STORAGE                         a checkpoint, stored as one of those four
 
-PLACE is a Hugging Face folder or a build of one, a run folder with an adapter, a GGUF file, `hub:ID`
-or `embedded:NAME`. `q4_0` is what qatlora makes of the weights; `q4_0_reference` is llama.cpp's rule,
-that is llama-quantize without an imatrix.
+PLACE is a Hugging Face folder or a build of one, a run folder with an adapter, a GGUF file,
+`hub:ID` or `embedded:NAME`. `q4_0` is what qatlora makes of the weights; `q4_0_reference` is
+llama.cpp's rule, that is llama-quantize without an imatrix.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ BASE = "base"
 
 _PREFIXES = ("embedded", "hub")
 _EXAMPLES = (
-    "A model is nf4, q4_0, q4_0_reference or bf16 (the base stored so), or a folder, a GGUF file, "
+    "Give nf4, q4_0, q4_0_reference or bf16 (the base stored so), or a folder, a GGUF file, "
     "hub:ID or embedded:NAME, with @STORAGE behind a checkpoint"
 )
 

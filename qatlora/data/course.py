@@ -92,11 +92,11 @@ class ChatCourse:
                 else:
                     yield encoded.row
 
-    def nothing_left(self, part: str) -> DataError:
-        """The error that no conversation of the part `part` gave a row."""
+    def nothing_left(self, part: str, length: str = "data.max_length_tokens") -> DataError:
+        """The error that no conversation of the part `part` gave a row; `length` is the setting."""
         reasons = "; ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
         return DataError(
             f"No {part} conversation of {self.chats.name} can be used ({reasons}). Raise "
-            f"data.max_length_tokens (it is {self.encoder.max_length}), or shorten what stands "
+            f"{length} (it is {self.encoder.max_length}), or shorten what stands "
             "before the first answer."
         )

@@ -93,7 +93,7 @@ def _chat_texts(
         course = ChatCourse(chats, encoder, split_long=data.kind is DataKind.chitchat)
         found = first_rows(course.encoded(list(_held_out_first(chats))), num_tokens)
         if not found:
-            raise course.nothing_left("measured")
+            raise course.nothing_left("measured", "fidelity.window_tokens")
         return found
 
     off, on = rows(**{_THINKING: False}), rows(**{_THINKING: True})

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def _in_context(
 
 
 def _places(rows: Sequence[Row]) -> Tensor:
-    """Row and position of each scored token, int64 [n, 2], in the order in which they are scored."""
+    """Row and position of each token, int64 [n, 2], in the order in which they are scored."""
     return torch.tensor(
         [
             (number, position)
@@ -106,7 +107,7 @@ def _by_position(kld: Tensor, positions: Tensor, window_tokens: int) -> list[Pos
     """Means over equal parts of the window; parts with fewer than two tokens are left out."""
     edges = torch.linspace(0, window_tokens, _POSITION_BINS + 1).round().long().unique().tolist()
     means = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         inside = kld[(positions >= start) & (positions < stop)]
         if len(inside) >= 2:
             mean = mean_of(inside)

@@ -124,11 +124,11 @@ class Planner:
 
     def _own_reference(self, found: Compared, spec: ModelSpec) -> Compared:
         place = found.place
-        if isinstance(place, Checkpoint) and spec.kind != BASE and spec.storage is not None:
-            if has_bf16_values(place.source):
-                own = Checkpoint(place.source, place.layout, "bf16")
-                text = f"{spec.text.rpartition('@')[0]}@bf16"
-                return Compared(f"{found.label.rpartition('@')[0]}@bf16", text, own)
+        rounded = isinstance(place, Checkpoint) and spec.kind != BASE and spec.storage is not None
+        if rounded and has_bf16_values(place.source):
+            own = Checkpoint(place.source, place.layout, "bf16")
+            label, text = (f"{name.rpartition('@')[0]}@bf16" for name in (found.label, spec.text))
+            return Compared(label, text, own)
         if not has_bf16_values(self.base.source):
             raise FidelityError(
                 f"{self.base.source.folder} is a build that does not hold the bf16 values any more "
@@ -154,14 +154,12 @@ class Planner:
         num_own = _num_rows(self.base.source)
         own = _by_id(self.tokenizer.get_vocab(), min(num_own, num_rows))
         others = _by_id(words, min(num_own, num_rows))
-        differing = [number for number in own if others.get(number) != own[number]]
+        differing = sorted(number for number in own if others.get(number) != own[number])
         if differing or num_rows != num_own:
-            example = (
-                f"token {differing[0]} is {others.get(differing[0])!r} and not "
-                f"{own[differing[0]]!r}"
-                if differing
-                else f"it has {num_rows} rows of logits and not {num_own}"
-            )
+            example = f"it has {num_rows} rows of logits and not {num_own}"
+            if differing:
+                first = differing[0]
+                example = f"token {first} is {others.get(first)!r} and not {own[first]!r}"
             raise FidelityError(
                 f"{where} has another vocabulary than the base {self.base.source.name}: {example}. "
                 "Probabilities of different words cannot be compared: give models of one family, "

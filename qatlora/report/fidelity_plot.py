@@ -1,7 +1,6 @@
 """The plots of a comparison: distribution of the KLD per token, and its course over the window."""
 
 from collections.abc import Sequence
-from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -66,15 +66,15 @@ def fidelity(state: Run) -> None:
 
 def _run_reference(state: Run, reference: Compared, evaluation: Evaluation) -> FidelityReference:
     """Run the reference over all texts, after checking that it equals itself."""
-    for loaded in load_models(reference.place, _load_settings(state), state.tokenizer):
-        pass  # of an adapter run the last one, the trained model
+    # Of an adapter run the last one: the trained model.
+    *_, loaded = load_models(reference.place, _load_settings(state), state.tokenizer)
     self_kld = evaluation.self_kld_max(loaded.model)
     progress.say(f"{reference.label}: largest KLD to itself {self_kld} nats")
     if self_kld != 0:
         raise FidelityError(
-            f"{reference.label} run twice on the same tokens has a KLD of {self_kld} nats to itself "
-            "instead of 0: its figures are not repeatable here. Use fidelity.precision=fp32, or "
-            "another device."
+            f"{reference.label} run twice on the same tokens has a KLD of {self_kld} nats to "
+            "itself instead of 0: its figures are not repeatable here. Use "
+            "fidelity.precision=fp32, or another device."
         )
     with state.bar(f"run {reference.label}", evaluation.num_tokens, "tokens") as advance:
         evaluation.teacher = evaluation.states_of(loaded.model, advance)

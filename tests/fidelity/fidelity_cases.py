@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from qatlora import pipeline
 from qatlora.config import DataKind, Precision, RootConfig
 from qatlora.report.results import RunReport
-from qatlora import pipeline
 
 
 def settings(base: Path, data: dict[str, Path], run_dir: Path, **fidelity: Any) -> RootConfig:
@@ -23,8 +23,6 @@ def settings(base: Path, data: dict[str, Path], run_dir: Path, **fidelity: Any) 
     return cfg
 
 
-def compare(
-    base: Path, data: dict[str, Path], run_dir: Path, **fidelity: Any
-) -> RunReport:
+def compare(base: Path, data: dict[str, Path], run_dir: Path, **fidelity: Any) -> RunReport:
     """Run the recipe."""
     return pipeline.run(settings(base, data, run_dir, **fidelity))
