@@ -473,7 +473,7 @@ def to_dataclasses(cfg: DictConfig) -> RootConfig:
     if not isinstance(root, RootConfig):
         raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")
     _settle_paths(root)
-    _settle_base(root.base)
+    settle_base(root.base)
     return root
 
 
@@ -501,7 +501,7 @@ def _settle_paths(root: RootConfig) -> None:
 _EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
 
 
-def _settle_base(base: BaseConfig) -> None:
+def settle_base(base: BaseConfig) -> None:
     """Let a path or hub id displace the default embedded base, and name what has no name."""
     if base.path or base.hub_id:
         if base.name == base.embedded:

@@ -17,7 +17,8 @@ from qatlora.base.layout import Layout, find_layout, plain_config
 from qatlora.base.load import load_tokenizer, require_storage
 from qatlora.base.source import Source, find_source
 from qatlora.base.teacher import has_bf16_values
-from qatlora.config import BaseConfig
+from qatlora.config import BaseConfig, settle_base
+from qatlora.data.templates import chosen_template
 from qatlora.errors import FidelityError
 from qatlora.llamacpp.gguf_read import read_gguf
 from qatlora.model_spec import BASE, ModelSpec
@@ -119,7 +120,8 @@ class Planner:
             return AdapterRun(Path(spec.place), self.base)
         keys = {"folder": "path", "hub": "hub_id", "embedded": "embedded"}
         settings = BaseConfig(**{keys[spec.kind]: spec.place})
-        source = find_source(settings)
+        settle_base(settings)  # an embedded base is unpacked with its template
+        source = find_source(settings, chosen_template(settings.chat_template))
         return Checkpoint(source, find_layout(source, settings), spec.storage)
 
     def _own_reference(self, found: Compared, spec: ModelSpec) -> Compared:
