@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from qatlora.report.axes import (
     AMBER,
@@ -24,6 +24,7 @@ POSITION_PLOT = "kld_by_position.png"
 
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK, GREY)
 _LINES = ("-", "--", "-.", ":")
+_NEARLY_ALL = 0.99  # of the tokens: what lies left of this is not drawn
 
 
 def distribution_figure(result: FidelityResult | None, edges: Sequence[float]) -> Figure | None:
@@ -45,7 +46,8 @@ def distribution_figure(result: FidelityResult | None, edges: Sequence[float]) -
                 axis.plot(*zip(*points, strict=True), line, color=color, label=model.name)
         axis.set(title=text, xlabel="x, nats", xscale="log", yscale="log")
     axes[0].set_ylabel("share of tokens with KLD > x")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes[0].set_xlim(left=_first_loss(result, edges))
     _legend(axes[-1])
     return figure
 
@@ -87,6 +89,14 @@ def _shares_above(histogram: Sequence[int]) -> list[float]:
         seen += count
         shares.append((total - seen) / total)
     return shares
+
+
+def _first_loss(result: FidelityResult, edges: Sequence[float]) -> float:
+    """The edge up to which, for every model and text, nearly all tokens are above."""
+    histograms = [text.histogram for model in result.models for text in model.texts.values()]
+    shares = [min(at_edge) for at_edge in zip(*map(_shares_above, histograms), strict=True)]
+    whole = [x for x, share in zip(edges[1:], shares, strict=True) if share > _NEARLY_ALL]
+    return max(whole, default=edges[1])
 
 
 def _styles() -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from qatlora.report.escape import inline, table
 from qatlora.report.formatting import format_bytes, format_count, format_figure, format_share
@@ -32,7 +33,7 @@ LEGEND = (
 
 
 def headlines(result: FidelityResult) -> list[str]:
-    """A sentence per reference: the models in order, and whether the first two can be told apart.
+    """Sentences per reference: the models in order, and which neighbours cannot be told apart.
 
     The reference itself and an adapter run's base are no candidates.
     """
@@ -50,10 +51,14 @@ def headlines(result: FidelityResult) -> list[str]:
             f"({format_bytes(model.bytes)})"
             for model in ranked
         ]
-        equal = len(ranked) > 1 and not _told_apart(ranked[0], ranked[1])
-        note = " The first two cannot be told apart on so few tokens." if equal else ""
+        notes = [
+            f" {one.name} and {other.name} cannot be told apart on so few tokens."
+            for one, other in pairwise(ranked)
+            if not _told_apart(one, other)
+        ]
         sentences.append(
-            f"Nearest to {reference.name}, by mean KLD over the texts: {', '.join(places)}.{note}"
+            f"Nearest to {reference.name}, by mean KLD over the texts: {', '.join(places)}."
+            + "".join(notes)
         )
     return sentences
 
