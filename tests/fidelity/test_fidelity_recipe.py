@@ -8,14 +8,14 @@ import jsonschema
 import pytest
 import torch
 from fidelity_cases import compare
-from loaded_cases import adapted_model
+from loaded_cases import adapted_model, on_grid_folder
 from pipeline_cases import write_data
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from qatlora.adapters.saved import save_adapter
 from qatlora.base.load import load_tokenizer
-from qatlora.config import DataConfig, DataKind
+from qatlora.config import DataConfig, DataKind, Precision
 from qatlora.data.measured import measured_texts
 from qatlora.errors import DataError
 from qatlora.report.json_report import load_schema
@@ -113,6 +113,16 @@ def test_the_page_needs_nothing_from_outside(report, run_dir):
     assert len(sources) == 2
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?:|@import|<script|<link", page)
+
+
+def test_a_checkpoint_on_its_grid_loses_nothing_in_q4_0(tiny_gemma3_folder, data, tmp_path):
+    on_grid_folder(tiny_gemma3_folder, tmp_path / "base")
+    report = compare(
+        tmp_path / "base", data, tmp_path / "run", models=["q4_0", "nf4"], precision=Precision.bf16
+    )
+    ours, nf4 = model_named(report, "q4_0"), model_named(report, "nf4")
+    assert {text.kld.max for text in ours.texts.values()} == {0.0}
+    assert all(text.kld.min > 0 for text in nf4.texts.values())
 
 
 def test_two_references_are_run_one_after_the_other(
