@@ -50,6 +50,8 @@ class ModelSpec:
         path = Path(self.place)
         if self.kind == "adapter":
             path = path.parent  # it lies in the run folder
+        elif self.kind == "gguf":
+            path = path.with_suffix("")
         return path.name + (f"@{self.storage}" if self.storage else "")
 
 

@@ -29,7 +29,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("odd@nf5@nf4", "folder", "odd@nf5", "nf4", "odd@nf5@nf4"),
         ("run", "adapter", "run/adapter", None, "run"),
         ("run/adapter", "adapter", "run/adapter", None, "run"),
-        ("file.Q4_K_M.gguf", "gguf", "file.Q4_K_M.gguf", None, "file.Q4_K_M.gguf"),
+        ("file.Q4_K_M.gguf", "gguf", "file.Q4_K_M.gguf", None, "file.Q4_K_M"),
     ],
 )
 def test_a_model_is_found_by_what_lies_there(places, text, kind, place, storage, label):

@@ -1,7 +1,7 @@
 """Texts to compare models on; nothing of them is trained.
 
 What other runs hold out comes first, the rest of the text after it, so that a short measurement
-sees no word that an adapter of ours may have been trained on, and a long one has enough of them.
+sees hardly a word that an adapter of ours was trained on, and a long one has enough of them.
 """
 
 from collections.abc import Iterator, Sequence

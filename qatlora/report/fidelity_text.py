@@ -16,13 +16,16 @@ from qatlora.report.results_fidelity import (
 Cells = list[list[str]]
 
 _SIGNIFICANT_STANDARD_ERRORS = 2.0
+_CARD_COLUMNS = ("median", "mean")
 
 STATISTICS_HEADER = (
     "text", "model", "tokens", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "min",
     "same top", "RMS Δp", "perplexity", "reference", "ratio",
 )  # fmt: skip
 CONSOLE_HEADER = ("text", "model", "KLD mean", "median", "p99", "same top")
-WORST_HEADER = ("KLD", "text", "before", "token", "P reference", "P model", "reference", "model")
+WORST_HEADER = (
+    "KLD", "text", "before", "token", "P reference", "P model", "top of reference", "top of model",
+)  # fmt: skip
 LEGEND = (
     "KLD is KL(reference || model) over the whole vocabulary, in nats per token; same top is the "
     "share of tokens at which both have the same likeliest word; Δp is the change of the "
@@ -77,9 +80,6 @@ def card_cells(result: FidelityResult) -> tuple[list[str], Cells]:
             ]
             rows.append([f"{reference.name} → {model.name}", format_bytes(model.bytes), *figures])
     return header, rows
-
-
-_CARD_COLUMNS = ("median", "mean")
 
 
 def statistics_cells(result: FidelityResult) -> Cells:
