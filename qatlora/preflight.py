@@ -114,7 +114,7 @@ def _estimate_fidelity(
     num_tokens = len(settings.texts) * settings.tokens_per_text
     head_weights = int(text["hidden_size"]) * int(text["vocab_size"])
     states = num_tokens * int(text["hidden_size"]) * value_bytes
-    model = layout.num_parameters * value_bytes
+    model = layout.num_parameters * (value_bytes + _BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
     decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
