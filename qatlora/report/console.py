@@ -66,7 +66,8 @@ def _plain_table(
     """The first columns to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="left" if index < num_left else "right")
+        justify: JustifyMethod = "left" if index < num_left else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
