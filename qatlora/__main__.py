@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qatlora.config import RootConfig, to_dataclasses
-from qatlora.config_rules import closest, validate
-from qatlora.errors import ConfigError, QatloraError, SweepFailed
+from qatlora.config_rules import validate
+from qatlora.errors import ConfigError, QatloraError, SweepFailed, closest
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
 from qatlora.report.results_sweep import SweepResult
