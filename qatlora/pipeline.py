@@ -4,7 +4,7 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-benchmark and fidelity are one stage between preflight and report. Those stages are in
+preview_data, benchmark and fidelity are one stage between preflight and report. Those stages are in
 `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
@@ -53,6 +53,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -94,7 +95,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base", "fidelity"} & set(cfg.stages):
+    if {"build", "preview_data", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -250,6 +251,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
     "inspect": inspect,
     "build": build,
+    "preview_data": preview_data,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
