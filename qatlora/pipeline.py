@@ -3,8 +3,9 @@
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
-qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report. Those stages are in `qatlora.stages`.
+qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
+preview_data, benchmark and fidelity are one stage between preflight and report. Those stages are in
+`qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -51,7 +52,9 @@ from qatlora.report.write import write_report
 from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
+from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.state import Run, dtype_of, report_of
@@ -96,7 +99,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base"} & set(cfg.stages):
+    if {"build", "preview_data", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -104,6 +107,8 @@ def _preflight(state: Run) -> None:
         require_storage(state.source, cfg.storage.kind.name)
         if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
             require_bf16_values(state.source)
+    if "fidelity" in cfg.stages:
+        check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -250,6 +255,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
     "inspect": inspect,
     "build": build,
+    "preview_data": preview_data,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
@@ -263,6 +269,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "fidelity": fidelity,
     "report": _write_report,
 }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_preview import PreviewResult
 
 SCHEMA_VERSION = 1
 
@@ -267,8 +269,10 @@ class RunReport:
     guard: GuardResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
+    fidelity: FidelityResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

@@ -85,15 +85,15 @@ def train(
         optimizers=(build_optimizer(adapted, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
-    start = time.monotonic()
     with interruption.watching(run_dir):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     adapted.model.eval()
     losses = [point.loss for point in log.history]
+    trained = rows[: trainer.state.global_step * settings.rows_per_step]
     return TrainResult(
         steps=trainer.state.global_step,
-        tokens=trainer.num_loss_tokens,
-        seconds=time.monotonic() - start,
+        tokens=sum(row.num_scored_tokens for row in trained),
+        seconds=sum(point.seconds for point in log.history),
         loss_first=losses[0],
         loss_last=losses[-1],
         peak_rss_bytes=peak_rss_bytes(),
