@@ -58,11 +58,15 @@ def finish(cfg: RootConfig) -> float:
     return time.monotonic() - begin
 
 
-def kill_after(cfg: RootConfig, seconds: float) -> bool:
-    """True if the run was still at work then."""
+def kill_after(cfg: RootConfig, seconds: float, *, in_training: bool) -> bool:
+    """Kill after these seconds of a run, or of its training; True if it was still at work then."""
+    log = Path(cfg.run_dir) / "train_log.jsonl"
+    earlier = last_change(log)
     pid = start(cfg)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    begin = time.monotonic()
+    while time.monotonic() < begin + seconds:
+        if in_training and last_change(log) == earlier:
+            begin = time.monotonic()
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             assert status == 0, f"a resumed run in {cfg.run_dir} failed"
@@ -71,6 +75,10 @@ def kill_after(cfg: RootConfig, seconds: float) -> bool:
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status)
+
+
+def last_change(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def require_whole(run_dir: Path) -> str:
@@ -102,7 +110,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 
 def main(base: Path, folder: Path, num_kills: int, seed: int) -> None:
-    """Kill `num_kills` times; a run that comes to its end is compared and begun anew."""
+    """Kill `num_kills` times, every other time in training; a run that ends is compared."""
     torch.set_num_threads(1)
     data = write_data(folder)
     moments = random.Random(seed)
@@ -113,17 +121,21 @@ def main(base: Path, folder: Path, num_kills: int, seed: int) -> None:
         return cfg
 
     seconds = finish(course("whole"))
+    report = json.loads((folder / "whole" / "report.json").read_text("utf-8"))
     wanted = outcome(folder / "whole")
     assert len(wanted["losses"]) == NUM_STEPS
     found: Counter[str] = Counter()
-    number = 0
+    number = number_of_starts = 0
     while found.total() < num_kills:
         cfg = course(f"killed-{number}")
-        if kill_after(cfg, moments.uniform(0, seconds)):
+        in_training = number_of_starts % 2 == 0
+        longest = report["train"]["seconds"] if in_training else seconds
+        if kill_after(cfg, moments.uniform(0, longest), in_training=in_training):
             found[require_whole(Path(cfg.run_dir))] += 1
         else:
             assert outcome(Path(cfg.run_dir)) == wanted
             number += 1
+        number_of_starts += 1
     last = course(f"killed-{number}")
     finish(last)
     assert outcome(Path(last.run_dir)) == wanted

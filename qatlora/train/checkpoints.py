@@ -45,6 +45,7 @@ def keep(run_dir: Path, step: int) -> None:
     """Rename the checkpoint of `step` from the scratch to its place, and remove the oldest."""
     name = f"checkpoint-{step}"
     files.move_folder(scratch(run_dir) / name, run_dir / CHECKPOINTS / name)
+    scratch(run_dir).rmdir()
     for old in whole_checkpoints(run_dir)[:-_NUM_KEPT]:
         files.remove_folder(old)
 
