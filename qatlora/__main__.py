@@ -70,6 +70,7 @@ def main() -> None:
         register_recipes(shipped("recipes"))
         _check_choices_are_named(arguments)
         _check_launcher_is_installed(arguments)
+        _check_processes(arguments)
         with handled([signal.SIGTERM], interrupt):
             _run_hydra()
     except Interrupted as stop:
@@ -130,6 +131,19 @@ def _check_launcher_is_installed(arguments: Sequence[str]) -> None:
             f"{prefix}{name} needs a package that is not installed. Add it with: "
             f"pip install 'qatlora[{name.partition('_')[0]}]'."
         )
+
+
+def _check_processes(arguments: Sequence[str]) -> None:
+    """Under torchrun, refuse a sweep; only the first process makes the run folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(
+            f"-m in {os.environ['WORLD_SIZE']} processes: a sweep's runs are of one process each. "
+            "Use torchrun for a single run, or leave it out."
+        )
+    if os.environ.get("RANK") != "0":
+        sys.argv.append("hydra.run.dir=.")  # the pipeline gets the first one's
 
 
 def _run_hydra() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qatlora import __version__, files, preflight, progress
+from qatlora import __version__, files, preflight, processes, progress
 from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
@@ -68,16 +68,31 @@ def run(cfg: RootConfig) -> RunReport:
     Raises:
         QatloraError: bad input (before any long work), or a failed gate (nothing published).
     """
-    state = Run.start(cfg)
-    with claimed(state.run_dir):
-        settings = plain(dataclasses.asdict(cfg))
-        check_run_folder(state, settings)
-        files.write_json(state.run_dir / SETTINGS, settings)
-        for name in cfg.stages:
-            start = time.monotonic()
-            STAGES[name](state)
-            state.times.append(StageTime(name, time.monotonic() - start))
-        return report_of(state)
+    if "train" not in cfg.stages:
+        processes.require_one(cfg.card.name)
+    with processes.joined(cfg.train.device):
+        cfg.run_dir = processes.of_first(cfg.run_dir)
+        state = Run.start(cfg)
+        if not processes.is_first():
+            return _help_to_train(state)
+        with claimed(state.run_dir):
+            settings = plain(dataclasses.asdict(cfg))
+            check_run_folder(state, settings)
+            files.write_json(state.run_dir / SETTINGS, settings)
+            for name in cfg.stages:
+                start = time.monotonic()
+                STAGES[name](state)
+                state.times.append(StageTime(name, time.monotonic() - start))
+            return report_of(state)
+
+
+def _help_to_train(state: Run) -> RunReport:
+    """The part of a process that is not the first: it trains, and writes nothing."""
+    progress.console.quiet = True
+    state.cfg.logging.progress_bars = False
+    for name in ("preflight", "load_data", "load_base", "attach", "train"):
+        STAGES[name](state)
+    return report_of(state)
 
 
 def _preflight(state: Run) -> None:
@@ -252,7 +267,7 @@ def _write_report(state: Run) -> None:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "preflight": _preflight,
+    "preflight": lambda state: processes.first_before_rest(lambda: _preflight(state)),
     "inspect": inspect,
     "build": build,
     "preview_data": preview_data,

@@ -8,12 +8,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import TrainerCallback
 
 from qatlora.errors import Interrupted
 from qatlora.interrupts import handled, interrupt
+from qatlora.processes import largest
 from qatlora.train.checkpoints import last_checkpoint
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,7 +43,7 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop where any process was asked to; all of them decide alike."""
-        self._number = _largest(self._number)
+        self._number = largest(self._number)
         if self._number:
             control.should_save = control.should_training_stop = True
 
@@ -54,12 +53,3 @@ class Interruption(TrainerCallback):
         self._number = number
         # Not by the console: the signal may have come while that was writing.
         os.write(2, b"Stopping after this step, with a checkpoint; once more stops at once.\n")
-
-
-def _largest(number: int) -> int:
-    """Over all processes."""
-    if not torch.distributed.is_initialized():
-        return number
-    value = torch.tensor(number, device=PartialState().device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return int(value)

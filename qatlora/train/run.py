@@ -17,6 +17,7 @@ from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.memory import peak_rss_bytes
+from qatlora.processes import first_before_rest
 from qatlora.report.results import TrainPoint, TrainResult
 from qatlora.train import checkpoints
 from qatlora.train.interruption import Interruption
@@ -70,7 +71,7 @@ def train(
         TrainError: a loss or gradient that is not finite; the last checkpoint stays.
         Interrupted: SIGINT or SIGTERM; a checkpoint was written.
     """
-    checkpoint = checkpoints.begin(run_dir, resume=settings.resume)
+    checkpoint = first_before_rest(lambda: checkpoints.begin(run_dir, resume=settings.resume))
     adapted.keep_blocks(settings.keep_blocks)
     log = StepLog(run_dir / "train_log.jsonl", resume=checkpoint is not None, on_step=on_step)
     interruption = Interruption()
