@@ -26,7 +26,7 @@ from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
 from qatlora.base.teacher import load_teacher, require_bf16_values
 from qatlora.config import Effect, RootConfig, TeacherKind, Trained
@@ -120,7 +120,7 @@ def _load_base(state: Run) -> None:
         state.base = load_base(
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
-    deploy_embeddings(state.base.model, cfg.export.other_type.name)
+    deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
     if cfg.teacher.kind is TeacherKind.bf16:
         state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
 

@@ -48,6 +48,7 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     """
     lists = tensor_lists(source.model_type, settings.trained)
     config = plain_config(source.folder)
+    _require_dense(source, config)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     trained = matching_linears(skeleton, lists.trained)
@@ -81,6 +82,16 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _require_dense(source: Source, config: PreTrainedConfig) -> None:
+    text = config.get_text_config()
+    if getattr(text, "enable_moe_block", False):
+        raise CheckpointError(
+            f"{source.folder} is a mixture of {text.num_experts} experts, whose weights are one "
+            "tensor per layer that is no linear module, so they could be neither trained nor kept "
+            "as Q4_0. Use a dense checkpoint of the family."
+        )
 
 
 def _require_same_nf4(source: Source, wanted: set[str]) -> None:
