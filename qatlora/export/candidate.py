@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qatlora import files
 from qatlora.adapters.model import GridModel
 from qatlora.config import ExportConfig
-from qatlora.data.templates import strip_generation_markers
+from qatlora.data.templates import exported_template, own_template
 from qatlora.errors import ExportError
 from qatlora.export.folders import copy_side_files
 from qatlora.grid import pack
@@ -113,9 +113,12 @@ def stage_other_files(adapted: GridModel, staging: Path) -> None:
     config: dict[str, Any] = dict(source.config)
     config.pop("quantization_config", None)
     files.write_json(staging / "config.json", config)
-    template = adapted.base.tokenizer.chat_template
-    if template:
-        files.write_text(staging / "chat_template.jinja", strip_generation_markers(template))
+    tokenizer = adapted.base.tokenizer
+    if tokenizer.chat_template:
+        template = exported_template(
+            tokenizer, tokenizer.chat_template, own_template(source.folder)
+        )
+        files.write_text(staging / "chat_template.jinja", template)
 
 
 def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
