@@ -312,6 +312,9 @@ class EvaluateConfig:
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
     sample_max_new_tokens: int = 32
+    hold_weights: bool = True
+    """Keep decoded weights over many forwards, and a dense model of the file that is read back:
+    two bytes per weight for less time. recipe=plan says where they fit."""
 
 
 @dataclass

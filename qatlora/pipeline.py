@@ -23,7 +23,7 @@ from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
-from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf, packed_model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
 from qatlora.base.others import deploy_others
@@ -141,7 +141,7 @@ def _evaluate_base(state: Run) -> None:
     if state.teacher is not None:
         with state.bar("evaluate teacher", evaluation.num_tokens, "tokens") as advance:
             evaluation.teacher = evaluation.states_of(state.teacher, advance)
-    with adapted.as_base(), adapted.held_weights(state.dtype):
+    with adapted.as_base(), state.held_weights():
         _measure(state, "base", adapted.model)
         _answer(state, "base")
 
@@ -172,7 +172,7 @@ def _save_adapter(state: Run) -> None:
 
 def _evaluate_trained(state: Run) -> None:
     adapted = state.adapted
-    with adapted.held_weights(state.dtype):
+    with state.held_weights():
         _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
@@ -211,10 +211,13 @@ def _guard(state: Run) -> None:
             "the adapter's run."
         )
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
-    with state.adapted.held_weights(state.dtype):
+    with state.held_weights():
         self_kld = evaluation.self_kld_max(state.adapted.model)
+    read_back = model_from_gguf if cfg.evaluate.hold_weights else packed_model_from_gguf
+    if not cfg.evaluate.hold_weights:
+        state.adapted.model.to("cpu")  # the file takes its place on the device
     config = plain_config(state.source.folder)
-    merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
+    merged = read_back(candidate.path, config, torch.bfloat16).to(state.device).eval()
     roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)

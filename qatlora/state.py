@@ -1,5 +1,6 @@
 """What one run knows: the settings and what each stage has left for the next."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 from dataclasses import dataclass, field
@@ -79,6 +80,12 @@ class Run:
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
         return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
+
+    def held_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Decoded weights of the adapted model for many forwards, where memory is there for them."""
+        if not self.cfg.evaluate.hold_weights:
+            return contextlib.nullcontext()
+        return self.adapted.held_weights(self.dtype)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of forwards outside evaluation and training."""
