@@ -50,6 +50,7 @@ from qatlora.report.write import write_report
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.plan import plan
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -81,7 +82,7 @@ def _preflight(state: Run) -> None:
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
-    preflight.require(needs, state.run_dir)
+    preflight.require(needs, state.run_dir, state.device)
     if "save_base" in cfg.stages:
         require_plain(state.source)
     if "write_candidate" in cfg.stages:
@@ -245,6 +246,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "plan": plan,
     "inspect": inspect,
     "build": build,
     "load_data": _load_data,

@@ -39,6 +39,7 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_plan import PlanResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -58,6 +59,8 @@ class Run:
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
     benchmark: BenchmarkResult | None = None
+    plan: PlanResult | None = None
+    planned_base: BaseResult | None = None  # what was planned for, where nothing is loaded
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
@@ -82,7 +85,7 @@ class Run:
         return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
 
     def held_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Decoded weights of the adapted model for many forwards, where memory is there for them."""
+        """Decoded weights of the adapted model for many forwards, where they are allowed."""
         if not self.cfg.evaluate.hold_weights:
             return contextlib.nullcontext()
         return self.adapted.held_weights(self.dtype)
@@ -120,6 +123,7 @@ def report_of(state: Run) -> RunReport:
         inspect=state.inspection,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
+        plan=state.plan,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
@@ -138,8 +142,9 @@ def _base_result(state: Run) -> BaseResult:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
-    if state.built_base is not None:
-        return state.built_base
+    counted = state.built_base or state.planned_base
+    if counted is not None:
+        return counted
     share = state.inspection.on_grid_share if state.inspection else None
     return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 

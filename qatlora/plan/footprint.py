@@ -46,6 +46,8 @@ class Job:
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
         loads_dense: whether the base comes from a dense folder (else from a build, or to NF4).
+        on_host: whether the device is the host itself: the base stays there beside the model that
+            is read back, where it would else have moved away for it.
     """
 
     storage: str
@@ -59,6 +61,7 @@ class Job:
     holds_weights: bool = True
     trains: bool = True
     loads_dense: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Footprint:
         held: decoded weights while many forwards run.
         read_back: the model read back from the candidate.
         dense: the base's weights before they are packed.
+        base_stays: whether the base is still there while the file is read back.
     """
 
     weights: float
@@ -96,6 +100,7 @@ class Footprint:
     held: float
     read_back: float
     dense: float
+    base_stays: bool
 
     @property
     def base(self) -> float:
@@ -122,7 +127,9 @@ class Footprint:
     @property
     def export(self) -> float:
         """Peak of export and guard."""
-        return self.base + self.adapter + max(self.held, self.read_back) + self.workspace
+        ours, file = self.base + self.adapter, self.read_back
+        together = ours + file if self.base_stays else max(ours, file)
+        return max(ours + self.held, together) + self.workspace
 
     @property
     def peak(self) -> float:
@@ -152,6 +159,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
         read_back=dense_text if job.holds_weights else packed_text,
         dense=num_weights(coded) * BF16_BYTES if job.loads_dense else 0.0,
+        base_stays=job.holds_weights or job.on_host,
     )
     if job.trains:
         return result

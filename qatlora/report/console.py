@@ -11,6 +11,7 @@ from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.plan_text import fit_cells, part_cells
 from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
@@ -27,6 +28,9 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_inspect_table(report.inspect))
     if report.benchmark:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
+    if report.plan:
+        parts.append(_plain_table("memory", *part_cells(report.plan)))
+        parts.append(_plain_table("longest row of tokens", *fit_cells(report.plan)))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)

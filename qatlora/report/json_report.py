@@ -49,6 +49,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "inspect": parts.pop("inspect"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
+        "plan": parts.pop("plan"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

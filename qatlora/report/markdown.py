@@ -26,6 +26,7 @@ from qatlora.report.formatting import (
 from qatlora.report.inspect_plot import INSPECT_PLOT
 from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
+from qatlora.report.plan_text import plan_tables
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
@@ -44,6 +45,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     sections = [
         ("", _verdict(report)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Memory", plan_tables(report.plan) if report.plan else ()),
         ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),

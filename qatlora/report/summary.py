@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
+from qatlora.report.plan_text import plan_headline
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
 
@@ -29,6 +30,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.plan is not None:
+        return Verdict(plan_headline(report.plan), None, [])
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     published = "published" if report.export else "nothing was published"
