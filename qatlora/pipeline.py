@@ -4,7 +4,7 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report. Those stages are in `qatlora.stages`.
+and benchmark are one stage between preflight and report, plan one before report. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.

@@ -199,9 +199,10 @@ def _matched(
 def _architecture(gguf: GgufFile) -> Architecture:
     name = gguf.require("general.architecture")
     if name not in _ARCHITECTURES:
+        known = (key for key, one in _ARCHITECTURES.items() if one.make_config is not None)
         raise CheckpointError(
             f"{gguf.path} is of the architecture {name!r}; GGUF files can be loaded of "
-            f"{' and '.join(_ARCHITECTURES)}: give the HF folder of the model instead."
+            f"{' and '.join(known)}: give the HF folder of the model instead."
         )
     return _ARCHITECTURES[name]
 

@@ -78,7 +78,11 @@ def _require_fit(source: Source, model: PreTrainedModel, others: dict[str, Tenso
     tied = {key for keys in _tied_groups(model) if keys & others.keys() for key in keys}
     packed = {f"{name}.weight" for name in source.packed_modules}
     lacking = sorted(expected.keys() - others.keys() - packed - tied)
-    unknown = sorted(others.keys() - expected.keys())
+    # Such as keys and values of layers that share them, which transformers passes over, too.
+    ignored = getattr(model.get_decoder(), "_keys_to_ignore_on_load_unexpected", None) or ()
+    unknown = sorted(
+        key for key in others.keys() - expected.keys() if not any(part in key for part in ignored)
+    )
     misfits = [
         key for key in others.keys() & expected.keys() if others[key].shape != expected[key].shape
     ]

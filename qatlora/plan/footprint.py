@@ -46,8 +46,9 @@ class Job:
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
         loads_dense: whether the base comes from a dense folder (else from a build, or to NF4).
-        on_host: whether the device is the host itself: the base stays there beside the model that
-            is read back, where it would else have moved away for it.
+        on_host: whether the device is the host itself. It maps the dense folder, so that only the
+            tensor at work is in memory; but the base stays there beside the model that is read
+            back, where it would else have moved away for it.
     """
 
     storage: str
@@ -75,7 +76,7 @@ class Footprint:
         adapter: trainable parameters, float32.
         gradients: theirs.
         optimizer: two moments of AdamW.
-        activations: kept for the backward pass by one micro-batch.
+        activations: kept for the backward pass by one micro-batch, and one layer's gradients.
         blocks: deployed blocks kept for it.
         loss: logits of a chunk, and gradients of the hidden states.
         teacher: its weights.
@@ -110,7 +111,7 @@ class Footprint:
     @property
     def load(self) -> float:
         """Peak while loading."""
-        return self.base + self.dense + self.teacher
+        return self.base + self.dense + self.teacher + self.workspace
 
     @property
     def train(self) -> float:
@@ -144,6 +145,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     weights = num_weights(coded) * CODE_BITS[job.storage] / 8 + dense_in_memory * BF16_BYTES
     others = (shape.num_parameters - shape.num_grid_weights) * BF16_BYTES
     workspace = max(map(_area, shape.grid)) * _WORKSPACE_BYTES_PER_WEIGHT + _TILE_BYTES
+    one_layer = max(shape.kept.layers)  # its gradients, while the backward pass is in it
     dense_text = shape.num_text_parameters * BF16_BYTES
     packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - 4.5 / 8)
     result = Footprint(
@@ -151,14 +153,14 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         steps=shape.num_grid_weights * STEP_BITS / 8,
         others=others,
         **_course(shape, job),
-        activations=job.tokens * shape.kept.total(checkpointing=job.checkpointing),
+        activations=job.tokens * (shape.kept.total(checkpointing=job.checkpointing) + one_layer),
         blocks=_block_bytes(shape, job),
         loss=_loss_bytes(shape, job),
         teacher=shape.num_parameters * BF16_BYTES if job.teacher == "memory" else 0.0,
         workspace=workspace,
         held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
         read_back=dense_text if job.holds_weights else packed_text,
-        dense=num_weights(coded) * BF16_BYTES if job.loads_dense else 0.0,
+        dense=num_weights(coded) * BF16_BYTES if job.loads_dense and not job.on_host else 0.0,
         base_stays=job.holds_weights or job.on_host,
     )
     if job.trains:

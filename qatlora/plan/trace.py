@@ -3,7 +3,8 @@
 No weight exists there and nothing is computed, but autograd asks for the same tensors to be kept
 as on a real device. Trained linears keep their input, as `qatlora.adapters.autograd` does, and
 attention its three inputs, its output and one number per head, as flash kernels do; keys and values
-count once per query head, because transformers repeats them where a mask is needed.
+count once per query head, because transformers repeats them where a mask is needed. A kernel that
+keeps scores of length x length (heads of 512 may get no other one) needs more than is counted here.
 """
 
 from collections import defaultdict
