@@ -3,8 +3,9 @@
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
-qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report, plan one before report. Those stages are in `qatlora.stages`.
+qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
+benchmark and fidelity are one stage between preflight and report, plan one before report. Those
+stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -39,6 +40,7 @@ from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
+from qatlora.grid.fused import compiles_on
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
@@ -49,6 +51,7 @@ from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
+from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.plan import plan
 from qatlora.stages.qat_distill import evaluate_reference, save_base
@@ -81,6 +84,7 @@ def _preflight(state: Run) -> None:
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
+    compiles_on(state.device)  # refuses an unknown choice
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
     preflight.require(needs, state.run_dir, state.device)
     if "save_base" in cfg.stages:
@@ -91,7 +95,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base"} & set(cfg.stages):
+    if {"build", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -99,6 +103,8 @@ def _preflight(state: Run) -> None:
         require_storage(state.source, cfg.storage.kind.name)
         if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
             require_bf16_values(state.source)
+    if "fidelity" in cfg.stages:
+        check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -262,6 +268,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "fidelity": fidelity,
     "report": _write_report,
 }
 

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "grid": set(),
     "llamacpp": {"registry"},
     "config": set(),
-    "config_rules": {"config"},
+    "model_spec": set(),
+    "config_rules": {"config", "model_spec"},
     "base": {"config", "grid", "llamacpp", "registry", "progress"},
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
@@ -51,6 +52,16 @@ MAY_IMPORT = {
         "quiet",
     },
     "inspection": {"grid", "base"},
+    "fidelity": {
+        "config",
+        "model_spec",
+        "grid",
+        "base",
+        "llamacpp",
+        "adapters",
+        "data",
+        "evaluate",
+    },
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
@@ -58,7 +69,16 @@ MAY_IMPORT = {
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-WITHOUT_TORCH = ("errors", "files", "paths", "registry", "config", "config_rules", "__main__")
+WITHOUT_TORCH = (
+    "errors",
+    "files",
+    "paths",
+    "registry",
+    "config",
+    "model_spec",
+    "config_rules",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}
 TORCH_ONLY = ("grid", "distill")
 

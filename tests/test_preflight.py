@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatlora import preflight
+from qatlora import pipeline, preflight
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.source import find_source
 from qatlora.config import RootConfig, Storage, Trained
+from qatlora.errors import ConfigError
 from qatlora.plan.shape import model_shape
 
 
@@ -45,3 +46,13 @@ def test_a_build_counts_what_it_writes_and_nothing_of_a_run(
     others = layout.num_parameters - layout.num_grid_weights
     assert needs.disk_bytes == layout.num_grid_weights * bits / 8 + 2 * others
     assert needs.memory_bytes < 1.11e9  # the libraries
+
+
+def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RootConfig(stages=["preflight"], run_dir=str(tmp_path))
+    cfg.base.path, cfg.train.device = str(tiny_llama_folder), "cpu"
+    monkeypatch.setenv("QATLORA_COMPILE", "maybe")
+    with pytest.raises(ConfigError, match="QATLORA_COMPILE is 'maybe'"):
+        pipeline.run(cfg)

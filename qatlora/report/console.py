@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.escape import visible
+from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
 from qatlora.report.plan_text import fit_cells, part_cells
@@ -31,6 +32,9 @@ def to_console(report: RunReport) -> RenderableType:
     if report.plan:
         parts.append(_plain_table("memory", *part_cells(report.plan)))
         parts.append(_plain_table("longest row of tokens", *fit_cells(report.plan)))
+    if report.fidelity:
+        cells = console_cells(report.fidelity)
+        parts.append(_plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -42,7 +46,14 @@ def to_console(report: RunReport) -> RenderableType:
 
 
 def _score_table(rows: list[list[str]]) -> Table:
-    table = Table(title="held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # The widest: collapsed padding leaves room for a third model's name in 80 columns.
+    table = Table(
+        title="held-out text",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name in SCORE_HEADER:
         justify: JustifyMethod = "left" if name in ("text", "model") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)
@@ -60,11 +71,14 @@ def _inspect_table(result: InspectResult) -> Table:
     return table
 
 
-def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
-    """The first column to the left, figures to the right."""
+def _plain_table(
+    title: str, header: Sequence[str], rows: list[list[str]], num_left: int = 1
+) -> Table:
+    """The first columns to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left")
+        justify: JustifyMethod = "left" if index < num_left else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table

@@ -15,6 +15,8 @@ from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
 from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
+from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
+from qatlora.report.fidelity_text import fidelity_tables
 from qatlora.report.formatting import (
     format_bytes,
     format_count,
@@ -47,6 +49,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Tensors on the grid", _inspection(report, plots)),
         ("Memory", plan_tables(report.plan) if report.plan else ()),
         ("Benchmark", _benchmark(report, plots)),
+        ("Models against their references", _fidelity(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -113,6 +116,13 @@ def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
         yield from benchmark_tables(report.benchmark)
         yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
         yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
+
+
+def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.fidelity is not None:
+        yield _plot(DISTRIBUTION_PLOT, "Share of tokens above a KLD", plots)
+        yield _plot(POSITION_PLOT, "Mean KLD by position in the window", plots)
+        yield from fidelity_tables(report.fidelity)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
