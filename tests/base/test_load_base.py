@@ -210,7 +210,7 @@ def test_an_unknown_model_type_is_refused(tiny_llama_folder: Path, tmp_path: Pat
     folder = edited_folder(tiny_llama_folder, tmp_path / "base", model_type="mamba")
     message = layout_refusal(folder)
     assert "model_type is 'mamba'" in message
-    assert "gemma3, gemma3_text, llama" in message
+    assert "gemma3, gemma3_text, gemma4, gemma4_text, gemma4_unified, llama" in message
     assert "add the architecture's lists" in message
 
 
