@@ -4,8 +4,8 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-benchmark and fidelity are one stage between preflight and report, plan one before report. Those
-stages are in `qatlora.stages`.
+preview_data, benchmark and fidelity are one stage between preflight and report, plan one before
+report. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -54,6 +54,7 @@ from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.plan import plan
+from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -95,7 +96,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base", "fidelity"} & set(cfg.stages):
+    if {"build", "preview_data", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -255,6 +256,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "plan": plan,
     "inspect": inspect,
     "build": build,
+    "preview_data": preview_data,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,

@@ -42,6 +42,7 @@ from qatlora.report.results import (
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
+from qatlora.report.results_preview import PreviewResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -68,6 +69,7 @@ class Run:
     data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
     fidelity: FidelityResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    preview: PreviewResult | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
     built_base: BaseResult | None = None  # the base that a built folder is
@@ -127,6 +129,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         export=state.export,
         inspect=state.inspection,
+        preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
         plan=state.plan,

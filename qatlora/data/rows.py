@@ -12,18 +12,20 @@ Source = Literal["chat", "general"]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of tokens.
+    """A sequence of tokens, or several that do not see each other.
 
     Attributes:
         input_ids: token ids, unpadded.
         labels: as long as `input_ids`; `labels[i]` is the token AT position i, or `IGNORED`. The
             shift by one position happens in the loss.
         source: "chat" (loss on the assistant's tokens) or "general" (loss on every token).
+        starts: where each sequence begins; positions count from there.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: Source
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -65,5 +67,5 @@ class Batches:
 
     train: list[Row]
     texts: list[Text]
-    prompts: list[list[dict[str, str]]]
+    prompts: list[list[dict[str, Any]]]
     notes: dict[str, Any]

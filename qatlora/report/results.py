@@ -11,6 +11,7 @@ from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
+from qatlora.report.results_preview import PreviewResult
 
 SCHEMA_VERSION = 1
 
@@ -269,6 +270,7 @@ class RunReport:
     guard: GuardResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
     plan: PlanResult | None = None

@@ -6,6 +6,8 @@ from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
 from qatlora.report.plan_text import plan_headline
+from qatlora.report.preview_text import headline as preview_headline
+from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
 
@@ -33,6 +35,8 @@ def verdict(report: RunReport) -> Verdict:
         return Verdict(headline(report.inspect), good, advice(report.inspect))
     if report.plan is not None:
         return Verdict(plan_headline(report.plan), None, [])
+    if report.preview is not None:
+        return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     if report.fidelity is not None:
@@ -61,6 +65,8 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines += self_klds(report.fidelity)
     if report.build:
         lines += _build_facts(report.build, report.base)
+    if report.preview:
+        lines += preview_facts(report.preview)
     if report.export:
         size = format_bytes(report.export.bytes)
         types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())
