@@ -60,7 +60,7 @@ from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
-from qatlora.train.run import train
+from qatlora.train.run import fit_to_processes, train
 
 
 def run(cfg: RootConfig) -> RunReport:
@@ -69,7 +69,9 @@ def run(cfg: RootConfig) -> RunReport:
     Raises:
         QatloraError: bad input (before any long work), or a failed gate (nothing published).
     """
-    if "train" not in cfg.stages:
+    if "train" in cfg.stages:
+        cfg.train = fit_to_processes(cfg.train)
+    else:
         processes.require_one(cfg.card.name)
     with processes.joined(cfg.train.device):
         cfg.run_dir = processes.of_first(cfg.run_dir)

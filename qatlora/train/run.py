@@ -1,5 +1,6 @@
 """Train adapters or latents: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
 
+import dataclasses
 import json
 import math
 import os
@@ -138,6 +139,19 @@ def _arguments(
         ddp_find_unused_parameters=False,  # all that trains takes part in every loss
         disable_tqdm=True,
     )
+
+
+def fit_to_processes(settings: TrainConfig) -> TrainConfig:
+    """Make micro-batches small enough for every process to get one of each step.
+
+    Raises:
+        ConfigError: a step's rows cannot be shared out evenly.
+    """
+    share = settings.rows_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    rows = min(settings.micro_batch_rows, max(1, share))
+    fitted = dataclasses.replace(settings, micro_batch_rows=rows)
+    _micro_batches_per_process(fitted)
+    return fitted
 
 
 def _micro_batches_per_process(settings: TrainConfig) -> int:
