@@ -103,7 +103,7 @@ def tokenize(gguf: Path, text: str, add_bos: bool = True) -> list[int]:
         ToolError: the program is missing or failed.
     """
     options = ["--stdin", "--ids", *([] if add_bos else ["--no-bos"])]
-    output = _run_tool("llama-tokenize", ["-m", str(gguf), *options], timeout=300, stdin=text)
+    output = run_tool("llama-tokenize", ["-m", str(gguf), *options], timeout=300, stdin=text)
     ids: list[int] = ast.literal_eval(output.strip().splitlines()[-1])
     return ids
 
@@ -136,12 +136,12 @@ def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[f
         ToolError: the program is missing or failed, or the text is too short.
     """
     options = ["-m", str(gguf), "-f", str(text), "-c", str(window), "--chunks", str(max_windows)]
-    output = _run_tool("llama-perplexity", options, timeout=7200, keep_errors=True)
+    output = run_tool("llama-perplexity", options, timeout=7200, keep_errors=True)
     match = _ESTIMATE.search(output)
     if match is None:
         raise ToolError(
             f"llama-perplexity gave no estimate for {text}: it needs at least two windows of "
-            f"{window} tokens. It ended with: {_tail(output)}"
+            f"{window} tokens. It ended with: {tail(output)}"
         )
     return float(match[1]), float(match[2])
 
@@ -153,7 +153,7 @@ def quantize(gguf: Path, target: Path, other_type: str) -> None:
         ToolError: the program is missing or failed.
     """
     types = ["--token-embedding-type", other_type, "--output-tensor-type", other_type]
-    _run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
+    run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
 
 
 def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> str:
@@ -162,7 +162,7 @@ def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> s
         # The program takes one line break off the end of the file.
         prompt_file.write_text(prompt + "\n", encoding="utf-8")
         fixed = ["--temp", "0", "--no-warmup", "--no-display-prompt", "--simple-io"]
-        output = _run_tool(
+        output = run_tool(
             "llama-completion",
             ["-m", str(gguf), "-f", str(prompt_file), "-n", str(max_tokens), *options, *fixed],
             timeout=1800,
@@ -170,9 +170,14 @@ def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> s
     return output.rstrip().removesuffix(_END_OF_TEXT)
 
 
-def _run_tool(
+def run_tool(
     name: str, arguments: list[str], timeout: float, stdin: str = "", keep_errors: bool = False
 ) -> str:
+    """What a program prints on stdout, with `keep_errors` also on stderr.
+
+    Raises:
+        ToolError: the program is missing, failed, or took longer than `timeout` seconds.
+    """
     path = find_tool(name)
     if path is None:
         raise ToolError(
@@ -196,7 +201,7 @@ def _run_tool(
     if run.returncode != 0:
         raise ToolError(
             f"{name} failed with exit code {run.returncode} on {' '.join(arguments)}: "
-            f"{_tail(errors)}. If it is another version, build the pinned one with `{_INSTALL}`."
+            f"{tail(errors)}. If it is another version, build the pinned one with `{_INSTALL}`."
         )
     output = run.stdout.decode(errors="replace")
     return output + errors if keep_errors else output
@@ -228,13 +233,14 @@ def _run_build(command: list[str], log: Path) -> None:
     files.write_text(log, "".join(lines))
     if process.returncode != 0:
         raise ToolError(
-            f"`{' '.join(command[:4])} ...` failed (its log: {log}): {_tail(''.join(lines))}. A "
+            f"`{' '.join(command[:4])} ...` failed (its log: {log}): {tail(''.join(lines))}. A "
             "C++17 compiler is needed; or set "
             f"{TOOLS_VARIABLE} to a folder with {', '.join(TOOLS)}."
         )
 
 
-def _tail(text: str) -> str:
+def tail(text: str) -> str:
+    """The last lines of a log, on one line."""
     return " | ".join(text.strip().splitlines()[-_LOG_TAIL_LINES:])
 
 
