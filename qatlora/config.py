@@ -328,6 +328,12 @@ class GuardConfig:
     drift_kld_increase_max_nats: float = 0.15
     llama_cpp: bool = True
     """Judge the file in llama.cpp itself where its tools are installed."""
+    llama_cpp_windows: int = 3
+    """Windows of held-out general text for it; the second half of each is scored."""
+    llama_cpp_window_tokens: int = 256
+    llama_cpp_weights_kld_max_nats: float = 5e-4
+    llama_cpp_kld_max_nats: float = 0.01
+    llama_cpp_teacher_kld_max_nats: float = 0.02
     override: str | None = None
     """Reason to publish although a gate failed; stamped into the GGUF."""
 

@@ -39,7 +39,7 @@ from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
-from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.source import check_converter, llama_cpp_version
@@ -51,6 +51,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
+from qatlora.stages.runtime import runtime_gates
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -221,7 +222,7 @@ def _guard(state: Run) -> None:
     gates += effect_gates(state.num_changed, _improvement(state), cfg.guard)
     before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")
     gates.append(drift_gate(before, after, cfg.guard))
-    gates.append(llama_cpp_gate())
+    gates += runtime_gates(state)
     state.guard = verdict(gates, cfg.guard.override)
     if not state.guard.passed:
         try:

@@ -38,6 +38,7 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_runtime import RuntimeResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -72,6 +73,7 @@ class Run:
     train: TrainResult | None = None
     candidate: Candidate | None = None
     guard: GuardResult | None = None
+    runtime: RuntimeResult | None = None
     export: ExportResult | None = None
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
@@ -109,6 +111,7 @@ def report_of(state: Run) -> RunReport:
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
+        runtime=state.runtime,
         export=state.export,
         inspect=state.inspection,
         checkpoint=state.checkpoint,

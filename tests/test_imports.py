@@ -30,10 +30,10 @@ MAY_IMPORT = {
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
-    "evaluate": {"config", "distill", "adapters", "progress"},
+    "evaluate": {"config", "distill", "adapters", "llamacpp", "progress"},
     "train": {"config", "adapters", "distill", "data", "evaluate", "progress", "memory"},
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
-    "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
+    "guard": {"config", "grid", "base", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
     "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory"},
     "benchmark": {

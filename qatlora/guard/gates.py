@@ -8,11 +8,21 @@
 A gate never prints and never raises: `qatlora.guard.judge` decides what follows.
 """
 
+import math
+
 import numpy as np
 
 from qatlora.config import Effect, GuardConfig
 from qatlora.evaluate import KldSummary, Mean
 from qatlora.report.results import GateResult
+from qatlora.report.results_runtime import (
+    CANDIDATE,
+    CANDIDATE_F32,
+    CONTROL,
+    TRAINED_FP32,
+    RuntimeResult,
+    RuntimeRow,
+)
 
 _EFFECTS = {
     Effect.task_loss: ("effect_loss", "held-out loss"),
@@ -108,10 +118,56 @@ def drift_gate(
     )
 
 
-def llama_cpp_gate() -> GateResult:
-    """The same comparison in the real runtime: not part of this version."""
-    gate = _at_most("llama_cpp", None, 0.0, "nats/token", "the file in llama.cpp")
-    return _skipped(gate, "not measured by this recipe; gates 1 to 4 decide")
+def llama_cpp_gates(measured: RuntimeResult, settings: GuardConfig) -> list[GateResult]:
+    """The candidate in llama.cpp against the trained model, and both distances to the teacher."""
+    rows = {row.model: row for row in measured.rows}
+    control = _to_trained(rows[CONTROL])
+    gates = [
+        _at_most(
+            "llama_cpp_weights",
+            _to_trained(rows[CANDIDATE_F32]),
+            settings.llama_cpp_weights_kld_max_nats,
+            "nats/token",
+            "KLD from the trained model in fp32 to the file decoded to F32, in llama.cpp",
+        ),
+        _at_most(
+            "llama_cpp",
+            _to_trained(rows[CANDIDATE]),
+            settings.llama_cpp_kld_max_nats,
+            "nats/token",
+            f"the same to the file itself; to llama-quantize's Q4_0 of that model {control:.4g}",
+        ),
+    ]
+    teacher = _at_most(
+        "llama_cpp_teacher",
+        _teacher_difference(rows[TRAINED_FP32], rows[CANDIDATE]),
+        settings.llama_cpp_teacher_kld_max_nats,
+        "nats/token",
+        "KLD to the teacher, llama.cpp against transformers",
+    )
+    without = rows[TRAINED_FP32].to_teacher is None
+    return [*gates, _skipped(teacher, "there is no teacher") if without else teacher]
+
+
+def llama_cpp_skipped(reason: str, settings: GuardConfig) -> GateResult:
+    """Nothing could be run, for a reason that says nothing about the file."""
+    return _skipped(llama_cpp_failed("the file in llama.cpp", settings), reason)
+
+
+def llama_cpp_failed(message: str, settings: GuardConfig) -> GateResult:
+    """llama.cpp was there and could not run the file."""
+    limit = settings.llama_cpp_kld_max_nats
+    return _at_most("llama_cpp", None, limit, "nats/token", message)
+
+
+def _to_trained(row: RuntimeRow) -> float:
+    return math.nan if row.to_trained is None else row.to_trained.mean
+
+
+def _teacher_difference(trained: RuntimeRow, candidate: RuntimeRow) -> float | None:
+    if trained.to_teacher is None or candidate.to_teacher is None:
+        return None
+    return abs(candidate.to_teacher.mean - trained.to_teacher.mean)
 
 
 def _at_most(name: str, value: float | None, limit: float, unit: str, message: str) -> GateResult:

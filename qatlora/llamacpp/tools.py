@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -32,9 +33,10 @@ TOOLS = (
     "llama-tokenize",
     "llama-completion",
 )
-_INSTALL = "python -m qatlora.llamacpp.tools install"
+INSTALL = "python -m qatlora.llamacpp.tools install"
 _SUFFIX = ".exe" if os.name == "nt" else ""
 _LOG_TAIL_LINES = 8
+_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 30, 60
 _CONFIGURE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -47,7 +49,6 @@ _CONFIGURE_OPTIONS = (
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _PROGRESS_MARK = re.compile(r"\[\s*(\d+)%\]|\[(\d+)/(\d+)\]")  # of make; of ninja
 _END_OF_TEXT = " [end of text]"
-_ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+) \+/- ([0-9.]+)")
 
 
 def find_tool(name: str) -> Path | None:
@@ -127,25 +128,6 @@ def complete(gguf: Path, prompt: str, max_tokens: int) -> str:
     return _complete(gguf, prompt, max_tokens, ["-no-cnv"])
 
 
-def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[float, float]:
-    """Perplexity and its standard error, by llama-perplexity.
-
-    Of each window of `window` tokens the second half is scored.
-
-    Raises:
-        ToolError: the program is missing or failed, or the text is too short.
-    """
-    options = ["-m", str(gguf), "-f", str(text), "-c", str(window), "--chunks", str(max_windows)]
-    output = run_tool("llama-perplexity", options, timeout=7200, keep_errors=True)
-    match = _ESTIMATE.search(output)
-    if match is None:
-        raise ToolError(
-            f"llama-perplexity gave no estimate for {text}: it needs at least two windows of "
-            f"{window} tokens. It ended with: {tail(output)}"
-        )
-    return float(match[1]), float(match[2])
-
-
 def quantize(gguf: Path, target: Path, other_type: str) -> None:
     """Write `target` as llama-quantize's Q4_0, embeddings and output as `other_type` (q8_0, ...).
 
@@ -154,6 +136,15 @@ def quantize(gguf: Path, target: Path, other_type: str) -> None:
     """
     types = ["--token-embedding-type", other_type, "--output-tensor-type", other_type]
     run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
+
+
+def convert_types(gguf: Path, target: Path, kind: str) -> None:
+    """Write `target` with every matrix as `kind` (F32, BF16, ...), decoded from what it is.
+
+    Raises:
+        ToolError: the program is missing or failed.
+    """
+    run_tool("llama-quantize", ["--allow-requantize", str(gguf), str(target), kind], timeout=7200)
 
 
 def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> str:
@@ -170,6 +161,25 @@ def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> s
     return output.rstrip().removesuffix(_END_OF_TEXT)
 
 
+def run_until(name: str, arguments: list[str], timeout: float, wanted: re.Pattern[str]) -> str:
+    """Run a program until its log has the line that it ends with.
+
+    llama.cpp writes its log in a thread and does not wait for it at exit, so that the last lines
+    of a short run may be missing. A run that has failed for good is repeated in vain: look into
+    the log that is returned.
+
+    Raises:
+        ToolError: as `run_tool`.
+    """
+    start = time.monotonic()
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
+        output = run_tool(name, arguments, timeout, keep_errors=True)
+        in_time = time.monotonic() - start < _SECONDS_OF_ATTEMPTS or attempt < _MIN_ATTEMPTS
+        if wanted.search(output) or not in_time:
+            break
+    return output
+
+
 def run_tool(
     name: str, arguments: list[str], timeout: float, stdin: str = "", keep_errors: bool = False
 ) -> str:
@@ -181,7 +191,7 @@ def run_tool(
     path = find_tool(name)
     if path is None:
         raise ToolError(
-            f"{name} is not there: build llama.cpp's tools with `{_INSTALL}`, or set "
+            f"{name} is not there: build llama.cpp's tools with `{INSTALL}`, or set "
             f"{TOOLS_VARIABLE} to a folder that has it."
         )
     try:
@@ -201,7 +211,7 @@ def run_tool(
     if run.returncode != 0:
         raise ToolError(
             f"{name} failed with exit code {run.returncode} on {' '.join(arguments)}: "
-            f"{tail(errors)}. If it is another version, build the pinned one with `{_INSTALL}`."
+            f"{tail(errors)}. If it is another version, build the pinned one with `{INSTALL}`."
         )
     output = run.stdout.decode(errors="replace")
     return output + errors if keep_errors else output
@@ -247,7 +257,7 @@ def tail(text: str) -> str:
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m qatlora.llamacpp.tools`."""
     if arguments != ["install"]:
-        print(f"usage: {_INSTALL}", file=sys.stderr)
+        print(f"usage: {INSTALL}", file=sys.stderr)
         return 2
     try:
         print(install())

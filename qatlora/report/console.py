@@ -12,6 +12,7 @@ from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
 from qatlora.report.results import GuardResult, InspectResult, RunReport
+from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -29,6 +30,8 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
+    if report.runtime:
+        parts.append(_plain_table("in llama.cpp", RUNTIME_HEADER, runtime_rows(report.runtime)))
     outcome = verdict(report)
     style = {True: "bold green", False: "bold red", None: "bold"}[outcome.good]
     parts.append(Text(visible(outcome.headline), style=style))

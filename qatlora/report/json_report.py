@@ -45,6 +45,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "perplexity": _by_text_and_model(report, lambda result: result.perplexity),
         "kld": _by_text_and_model(report, lambda result: result.kld and asdict(result.kld)),
         "guard": parts.pop("guard"),
+        "runtime": parts.pop("runtime"),
         "export": parts.pop("export"),
         "inspect": parts.pop("inspect"),
         "checkpoint": parts.pop("checkpoint"),

@@ -28,6 +28,8 @@ from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
+from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_caption, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
@@ -47,6 +49,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
+        ("In llama.cpp", _runtime(report.runtime)),
         ("What changed", _changes(report, plots)),
         ("Answers before and after", _samples(report)),
         ("Training", _training(report, plots)),
@@ -143,6 +146,13 @@ def _gates(guard: GuardResult | None) -> Iterator[str]:
         for gate in guard.gates
         if gate.message and gate.status != "failed"
     )
+
+
+def _runtime(result: RuntimeResult | None) -> Iterator[str]:
+    if result is not None:
+        yield runtime_caption(result)
+        rows = [[inline(cell) for cell in row] for row in runtime_rows(result)]
+        yield table(RUNTIME_HEADER, rows, "lrrrrr")
 
 
 def _changes(report: RunReport, plots: Collection[str]) -> Iterator[str]:

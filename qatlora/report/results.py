@@ -9,6 +9,7 @@ from typing import Any
 
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_runtime import RuntimeResult
 
 SCHEMA_VERSION = 1
 
@@ -265,6 +266,7 @@ class RunReport:
     train: TrainResult | None = None
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
+    runtime: RuntimeResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
     checkpoint: CheckpointResult | None = None
