@@ -4,7 +4,8 @@
 
 Every program runs with LLAMA_ARG_REPACK=0: weights stay as the file has them. It makes figures of
 different machines comparable, and on some virtual machines llama.cpp's AMX kernels, which belong
-to the same switch, crash although the processor announces them.
+to the same switch, crash although the processor announces them. And with OMP_WAIT_POLICY=passive:
+threads that wait actively make a run many times slower where other programs want the same cores.
 """
 
 import ast
@@ -36,7 +37,7 @@ TOOLS = (
 INSTALL = "python -m qatlora.llamacpp.tools install"
 _SUFFIX = ".exe" if os.name == "nt" else ""
 _LOG_TAIL_LINES = 8
-_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 30, 60
+_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 60, 60
 _CONFIGURE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -197,7 +198,7 @@ def run_tool(
     try:
         run = subprocess.run(
             [str(path), *arguments],
-            env=os.environ | {"LLAMA_ARG_REPACK": "0"},
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"LLAMA_ARG_REPACK": "0"},
             input=stdin.encode(),
             capture_output=True,
             timeout=timeout,
