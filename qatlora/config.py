@@ -34,7 +34,9 @@ STAGES = (
     "publish",
     "save_base",
     "benchmark",
+    "validate",
     "report",
+    "decide",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
 
@@ -370,6 +372,22 @@ class InspectConfig:
 
 
 @dataclass
+class ValidateConfig:
+    """What is judged before a Q4_0 export, beside the run's base."""
+
+    merged: str | None = None
+    """HF folder of a merged checkpoint."""
+    adapter: str | None = None
+    """Folder of a plain LoRA (PEFT, Unsloth, Axolotl), to be merged into the base."""
+    gguf: str | None = None
+    """A finished GGUF of the merged checkpoint, or of the base."""
+    min_share_kept: float = 0.8
+    """Share of the merge's effect that Q4_0 must keep."""
+    gguf_kld_max_nats: float = 0.01
+    """Mean KLD from the checkpoint to the GGUF at most, nats per token."""
+
+
+@dataclass
 class BenchmarkConfig:
     """What the recipe `benchmark` compares, and how long it trains for it."""
 
@@ -431,6 +449,7 @@ class RootConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
@@ -478,6 +497,9 @@ def _settle_paths(root: RootConfig) -> None:
             section.path = str(Path(section.path).expanduser().absolute())
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
+    for key in ("merged", "adapter", "gguf"):
+        if (path := getattr(root.validate, key)) is not None:
+            setattr(root.validate, key, str(Path(path).expanduser().absolute()))
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

@@ -24,6 +24,7 @@ from qatlora.config import (
     TeacherKind,
     TrainConfig,
     Trained,
+    ValidateConfig,
 )
 from qatlora.errors import ConfigError
 
@@ -58,6 +59,7 @@ _MINIMA = {
     "benchmark.max_steps": 1,
     "benchmark.rows_per_step": 1,
     "benchmark.eval_tokens": 1,
+    "validate.gguf_kld_max_nats": 0,
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -101,6 +103,8 @@ def validate(cfg: RootConfig) -> None:
     _check_inspect(cfg.inspect)
     if "benchmark" in cfg.stages:
         _check_benchmark(cfg)
+    if "validate" in cfg.stages:
+        _check_validate(cfg.validate)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -284,6 +288,26 @@ def _check_inspect(inspect: InspectConfig) -> None:
             f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
             "the checkpoint before the edit, with config.json and safetensors files."
         )
+
+
+def _check_validate(settings: ValidateConfig) -> None:
+    if settings.merged is not None and settings.adapter is not None:
+        raise ConfigError(
+            f"validate.merged={settings.merged} and validate.adapter={settings.adapter}: one merge "
+            "is judged at a time. Give only one of the two keys."
+        )
+    given = {key: getattr(settings, key) for key in ("merged", "adapter", "gguf")}
+    if not any(given.values()):
+        raise ConfigError(
+            "validate.merged, validate.adapter and validate.gguf are empty: there is nothing to "
+            "judge. Give validate.merged=FOLDER, validate.adapter=FOLDER or validate.gguf=FILE, "
+            "and base.path of the checkpoint that it was made from."
+        )
+    for key, path in given.items():
+        found = path is None or (Path(path).is_file() if key == "gguf" else Path(path).is_dir())
+        if not found:
+            kind = "file" if key == "gguf" else "folder"
+            raise ConfigError(f"validate.{key}={path}: there is no such {kind}. Give its path.")
 
 
 def _check_benchmark(cfg: RootConfig) -> None:

@@ -3,8 +3,9 @@
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
-qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report. Those stages are in `qatlora.stages`.
+qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
+benchmark and validate are one stage between preflight and report, and decide ends validate with
+its exit code. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -52,6 +53,7 @@ from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.runtime import runtime_gates
+from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -91,7 +93,9 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base"} & set(cfg.stages):
+    if "validate" in cfg.stages:
+        check_validate(state)
+    if {"build", "load_base", "load_data"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -258,7 +262,9 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "validate": validate,
     "report": _write_report,
+    "decide": decide,
 }
 
 

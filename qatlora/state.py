@@ -39,6 +39,7 @@ from qatlora.report.results import (
 )
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -57,11 +58,12 @@ class Run:
     layout: Layout | None = None
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
+    validation: ValidateResult | None = None
     benchmark: BenchmarkResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
-    built_base: BaseResult | None = None  # the base that a built folder is
+    base_result: BaseResult | None = None  # what is known of it where none is loaded to be trained
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None
     adapted: GridModel | None = None
@@ -114,6 +116,7 @@ def report_of(state: Run) -> RunReport:
         runtime=state.runtime,
         export=state.export,
         inspect=state.inspection,
+        validate=state.validation,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
         changes=state.changes,
@@ -128,14 +131,14 @@ def report_of(state: Run) -> RunReport:
 
 
 def _base_result(state: Run) -> BaseResult:
-    """The loaded base or what was built of it; else what the headers tell."""
+    """The loaded base, or what a stage has said of it; else what the headers tell."""
     base = state.base
     if base is not None:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
-    if state.built_base is not None:
-        return state.built_base
+    if state.base_result is not None:
+        return state.base_result
     share = state.inspection.on_grid_share if state.inspection else None
     return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 

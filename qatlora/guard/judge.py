@@ -26,6 +26,12 @@ _REMEDIES = {
     "llama_cpp": "The file runs otherwise than it was trained: look at llama_cpp_weights first, "
     "then check the pinned llama.cpp version (guard.llama_cpp=false leaves it out).",
     "llama_cpp_teacher": "As for llama_cpp; or measure more windows (guard.llama_cpp_windows).",
+    "on_grid": "The merge took the base off its grid: train inside it (recipe=chat_sft).",
+    "effect_kept": "Rounding to Q4_0 undoes the merge: train inside the grid (recipe=chat_sft with "
+    "the same base and chats), or bring the merged checkpoint onto a grid (recipe=qat_distill).",
+    "gguf_blocks": "The file was quantized anew: export the blocks themselves "
+    "(recipe=export_gguf adapter.path=RUN/adapter).",
+    "gguf_kld": "The file is another model than the checkpoint: look at the types of its tensors.",
 }
 
 

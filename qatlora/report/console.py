@@ -14,6 +14,7 @@ from qatlora.report.inspect_text import KIND_HEADER, kind_rows
 from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -26,6 +27,9 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_score_table(rows))
     if report.inspect:
         parts.append(_inspect_table(report.inspect))
+    if report.validate and report.validate.kept:
+        parts.append(_plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
+        parts.append(_plain_table("trained tensors", TYPES_HEADER, type_rows(report.validate)))
     if report.benchmark:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.guard and report.guard.gates:

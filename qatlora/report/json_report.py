@@ -48,6 +48,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "runtime": parts.pop("runtime"),
         "export": parts.pop("export"),
         "inspect": parts.pop("inspect"),
+        "validate": parts.pop("validate"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
         "versions": parts.pop("versions"),

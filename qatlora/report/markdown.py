@@ -29,8 +29,10 @@ from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_caption, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
 
 _VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
 
@@ -45,6 +47,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
     sections = [
         ("", _verdict(report)),
+        ("What Q4_0 keeps", _validation(report.validate)),
         ("Tensors on the grid", _inspection(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
@@ -103,6 +106,15 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
         )
 
 
+def _validation(result: ValidateResult | None) -> Iterator[str]:
+    if result is None or not result.kept:
+        return
+    yield "Shares of the merge's effect: of the fall of the held-out loss, and by the KLD."
+    yield table(KEPT_HEADER, [[inline(cell) for cell in row] for row in kept_rows(result)], "lrrr")
+    yield "Relative error of the trained tensors of the merged checkpoint in each type."
+    yield table(TYPES_HEADER, [[inline(cell) for cell in row] for row in type_rows(result)], "lr")
+
+
 def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.inspect is not None:
         yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
@@ -119,9 +131,10 @@ def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     rows = [[inline(cell) for cell in row] for row in score_rows(report)]
     if rows:
+        reference = "first model of a text" if report.validate else "teacher"
         yield (
-            "Held-out text. KLD is KL(teacher || model) in nats per token; same top is the share "
-            "of tokens whose likeliest next token is the teacher's; ± is one standard error."
+            f"Held-out text. KLD is KL({reference} || model) in nats per token; same top is the "
+            "share of tokens whose likeliest next token is that one's; ± is one standard error."
         )
         yield table(SCORE_HEADER, rows, "llrrrrrr")
     yield _plot(KLD_PLOT, "Distribution of the per-token KLD to the teacher", plots)

@@ -10,6 +10,7 @@ from typing import Any
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
 
 SCHEMA_VERSION = 1
 
@@ -269,6 +270,7 @@ class RunReport:
     runtime: RuntimeResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    validate: ValidateResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
