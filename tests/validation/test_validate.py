@@ -148,7 +148,9 @@ def test_a_gguf_of_the_blocks_passes_and_one_of_another_type_fails(
     base: Path, files: dict[str, Path], tmp_path: Path
 ):
     adapted = attach(loaded(base), dataclasses.replace(RULE, rank=1))
-    good = write_candidate(adapted, ExportConfig(other_type=OtherType.bf16), tmp_path, {}, print)
+    good = write_candidate(
+        adapted, ExportConfig(other_type=OtherType.bf16), tmp_path, {}, lambda _: None
+    )
     report = run(base, files, tmp_path / "good_run", gguf=good.path)
     assert gates(report) == {"gguf_blocks": "passed", "gguf_kld": "passed"}
     assert report["kld"]["general"]["gguf"]["mean"] == 0
