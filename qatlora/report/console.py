@@ -27,8 +27,9 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_score_table(rows))
     if report.inspect:
         parts.append(_inspect_table(report.inspect))
-    if report.validate and report.validate.kept:
-        parts.append(_plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
+    if report.validate:
+        if report.validate.kept:
+            parts.append(_plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
         parts.append(_plain_table("trained tensors", TYPES_HEADER, type_rows(report.validate)))
     if report.benchmark:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))

@@ -107,12 +107,14 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
 
 
 def _validation(result: ValidateResult | None) -> Iterator[str]:
-    if result is None or not result.kept:
+    if result is None:
         return
-    yield "Shares of the merge's effect: of the fall of the held-out loss, and by the KLD."
-    yield table(KEPT_HEADER, [[inline(cell) for cell in row] for row in kept_rows(result)], "lrrr")
-    yield "Relative error of the trained tensors of the merged checkpoint in each type."
-    yield table(TYPES_HEADER, [[inline(cell) for cell in row] for row in type_rows(result)], "lr")
+    if result.kept:
+        rows = [[inline(cell) for cell in row] for row in kept_rows(result)]
+        yield "Shares of the merge's effect: of the fall of the held-out loss, and by the KLD."
+        yield table(KEPT_HEADER, rows, "lrrr")
+    yield "The trained tensors of the checkpoint in each type."
+    yield table(TYPES_HEADER, [[inline(cell) for cell in row] for row in type_rows(result)], "lrr")
 
 
 def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:

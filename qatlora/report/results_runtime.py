@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-TRAINED_FP32 = "trained, transformers fp32"
-CANDIDATE_F32 = "candidate, decoded to F32"
-CANDIDATE = "candidate"
-CONTROL = "llama-quantize control"
+TRAINED_FP32 = "trained, fp32"
+CANDIDATE_F32 = "file, as F32"
+CANDIDATE = "file"
+CONTROL = "llama-quantize"
 
 
 @dataclass(frozen=True)

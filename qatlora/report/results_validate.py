@@ -24,10 +24,17 @@ class KeptEffect:
 
 @dataclass(frozen=True)
 class TypeDamage:
-    """Relative error of the trained tensors in a GGUF type; None where it overflows."""
+    """The trained tensors in a GGUF type.
+
+    Attributes:
+        type: its name.
+        relative_error: sqrt(sum (decoded - w)^2 / sum w^2); None where it overflows.
+        exact_share: share of blocks of 32 that come back to the last bit as they are stored.
+    """
 
     type: str
     relative_error: float | None
+    exact_share: float
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from qatlora.report.results_runtime import RuntimeKld, RuntimeResult, RuntimeRow
 RUNTIME_HEADER = (
     "model",
     "perplexity",
-    "KLD from trained",
+    "KLD trained",
     "p99",
     "same top",
-    "KLD from teacher",
+    "KLD teacher",
 )
 
 
@@ -22,9 +22,10 @@ def runtime_caption(result: RuntimeResult) -> str:
     """What the figures were measured on."""
     return (
         f"llama-perplexity on {result.windows} windows of {result.window_tokens} held-out tokens, "
-        f"{result.scored_tokens} of them scored, against base files that transformers wrote in "
-        "fp32. KLD in nats per token; ± is one standard error. The control is the same model "
-        "merged to bf16 and quantized by llama-quantize."
+        f"{result.scored_tokens} of them scored: KL(trained || model) and KL(teacher || model) in "
+        "nats per token, both references by transformers in fp32; ± is one standard error. The "
+        "first row is the trained model in transformers. The last is the same model merged to "
+        "bf16 and quantized by llama-quantize: the control."
     )
 
 

@@ -5,7 +5,7 @@ from qatlora.report.results import GuardResult
 from qatlora.report.results_validate import KeptEffect, ValidateResult
 
 KEPT_HEADER = ("export", "effect kept by loss", "by KLD", "KLD from merged")
-TYPES_HEADER = ("type", "relative error")
+TYPES_HEADER = ("type", "relative error", "exact blocks")
 
 
 def validate_headline(guard: GuardResult | None) -> str:
@@ -33,7 +33,10 @@ def kept_rows(result: ValidateResult) -> list[list[str]]:
 
 def type_rows(result: ValidateResult) -> list[list[str]]:
     """Cells in the order of `TYPES_HEADER`."""
-    return [[damage.type, format_share(damage.relative_error)] for damage in result.types]
+    return [
+        [damage.type, format_share(damage.relative_error), format_share(damage.exact_share)]
+        for damage in result.types
+    ]
 
 
 def _kept_cells(kept: KeptEffect) -> list[str]:

@@ -28,11 +28,10 @@ from qatlora.report.results_validate import (
     BY_LLAMA_CPP,
     GGUF,
     KeptEffect,
-    TypeDamage,
     ValidateResult,
 )
 from qatlora.state import Run
-from qatlora.validation.exports import by_grid, by_llama_cpp, put_blocks, q8_0_error, same_blocks
+from qatlora.validation.exports import by_grid, by_llama_cpp, put_blocks
 from qatlora.validation.gates import (
     EffectFigures,
     deciding_share,
@@ -43,6 +42,7 @@ from qatlora.validation.gates import (
 )
 from qatlora.validation.lora import merge_lora, require_lora
 from qatlora.validation.notes import warnings_of
+from qatlora.validation.types import damage, damage_by_type
 
 _EXPORTS = {BY_LLAMA_CPP: by_llama_cpp, BY_GRID: by_grid}
 
@@ -131,11 +131,7 @@ def _inspect(state: Run, merged: Source) -> None:
     state.validation = dataclasses.replace(
         state.validation,
         warnings=warnings_of(merged, state.source, state.layout.tied),
-        types=[
-            TypeDamage(BY_LLAMA_CPP, inspection.error_reference),
-            TypeDamage(BY_GRID, inspection.error_ours),
-            TypeDamage("Q8_0", q8_0_error(merged, trained)),
-        ],
+        types=damage_by_type(merged, state.layout, inspection),
     )
 
 
@@ -181,8 +177,12 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
     kld = state.evaluation.kld(GGUF, "general")
     assert kld is not None
     share = state.inspection.on_grid_share if state.inspection else base_share
-    exact = same_blocks(model, checkpoint, state.layout.trained)
-    return gguf_gates(kld.mean, exact, share, state.cfg.validate)
+    weights = dict(model.named_parameters())
+    found = damage(
+        GGUF, checkpoint, state.layout.trained, lambda m, _: weights[f"{m}.weight"].cpu()
+    )
+    state.validation = dataclasses.replace(state.validation, types=[*state.validation.types, found])
+    return gguf_gates(kld.mean, found.exact_share, share, state.cfg.validate)
 
 
 def _measure_reference(state: Run, name: str, model: PreTrainedModel) -> None:

@@ -16,16 +16,20 @@ from transformers import AutoModelForCausalLM
 
 from qatlora import pipeline
 from qatlora.adapters.attach import attach
-from qatlora.config import ExportConfig, OtherType, RootConfig, ValidateConfig
+from qatlora.base.layout import find_layout
+from qatlora.base.source import find_source
+from qatlora.config import BaseConfig, ExportConfig, OtherType, RootConfig, ValidateConfig
 from qatlora.config_rules import validate as check_rules
 from qatlora.errors import AdapterError, ConfigError, GuardFailed
 from qatlora.evaluate import Mean
 from qatlora.export.candidate import write_candidate
 from qatlora.grid import decode, encode_reference
+from qatlora.inspection.tensors import inspect_checkpoint
 from qatlora.llamacpp.tools import convert_types
 from qatlora.report.json_report import load_schema
 from qatlora.report.results_validate import BY_GRID, BY_LLAMA_CPP
 from qatlora.validation.gates import EffectFigures, effect_gate, kept_effect
+from qatlora.validation.types import damage_by_type
 
 STAGES = ["preflight", "load_data", "validate", "report", "decide"]
 
@@ -109,9 +113,8 @@ def test_a_naive_merge_fails_and_names_the_share_kept(
     assert gate["value"] < gate["limit"] == 0.8
     assert "llama-quantize's Q4_0 keeps" in gate["message"]
     assert "recipe=chat_sft base.path=" in report["validate"]["advice"]
-    assert {damage["type"] for damage in report["validate"]["types"]} == {
-        BY_LLAMA_CPP, BY_GRID, "Q8_0"
-    }  # fmt: skip
+    types = [damage["type"] for damage in report["validate"]["types"]]
+    assert types[:3] == [BY_LLAMA_CPP, BY_GRID, "Q8_0"]
 
 
 def test_a_plain_lora_is_merged_by_peft_and_judged_and_leaves_no_checkpoint(
@@ -159,6 +162,19 @@ def test_a_gguf_of_the_blocks_passes_and_one_of_another_type_fails(
     report = run(base, files, tmp_path / "other_run", gguf=other)
     assert gates(report)["gguf_blocks"] == "failed"
     assert report["validate"]["what"] == "gguf"
+
+
+@pytest.mark.llama_cpp
+def test_on_a_grid_only_q4_0_is_exact(base: Path):
+    source = find_source(BaseConfig(path=str(base), name="tiny"))
+    layout = find_layout(source, BaseConfig())
+    inspection = inspect_checkpoint(source, layout.trained, torch.device("cpu"))
+    found = {each.type: each for each in damage_by_type(source, layout, inspection)}
+    assert list(found) == [BY_LLAMA_CPP, BY_GRID, "Q8_0", "Q4_K_M", "Q6_K"]
+    assert found[BY_GRID].exact_share == 1
+    for name in ("Q8_0", "Q4_K_M", "Q6_K"):
+        assert found[name].exact_share < 1
+        assert 1e-4 < found[name].relative_error < 0.2
 
 
 def test_the_loss_decides_where_it_fell_clearly_and_the_kld_else():
