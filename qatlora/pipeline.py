@@ -52,7 +52,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
-from qatlora.stages.runtime import runtime_gates
+from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -103,6 +103,8 @@ def _preflight(state: Run) -> None:
         require_storage(state.source, cfg.storage.kind.name)
         if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
             require_bf16_values(state.source)
+    if "guard" in cfg.stages:
+        announce_runtime(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 

@@ -40,3 +40,20 @@ def test_a_build_counts_what_it_writes_and_nothing_of_a_run(
     others = layout.num_parameters - layout.num_grid_weights
     assert needs.disk_bytes == layout.num_grid_weights * bits / 8 + 2 * others
     assert needs.memory_bytes < 1.11e9  # the libraries
+
+
+def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
+    tiny_llama_folder: Path,
+) -> None:
+    cfg = RootConfig(stages=["preflight", "load_data", "validate", "report"])
+    cfg.base.path = str(tiny_llama_folder)
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    streaming = RootConfig(stages=["preflight", "inspect"])
+    libraries = 1.1e9
+    assert needs.memory_bytes - libraries == pytest.approx(6 * layout.num_parameters)
+    assert needs.disk_bytes == 5 * layout.num_parameters
+    assert (
+        needs.seconds > preflight.estimate(streaming, source, layout, torch.device("cpu")).seconds
+    )

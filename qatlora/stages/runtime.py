@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from qatlora import progress
 from qatlora.config import TeacherKind
 from qatlora.data.encode import expected_bos
 from qatlora.data.rows import Row
@@ -44,6 +45,13 @@ def runtime_gates(state: Run) -> list[GateResult]:
     return llama_cpp_gates(state.runtime, cfg.guard)
 
 
+def announce_runtime(state: Run) -> None:
+    """Say before the long work that gate 5 will be skipped for want of tools."""
+    reason = _absent(state)
+    if reason is not None:
+        progress.say(f"The file will not be judged in llama.cpp: {reason}.")
+
+
 def _windows(state: Run) -> list[Row]:
     (general,) = (text for text in state.batches.texts if text.name == "general")
     settings = state.cfg.guard
@@ -62,12 +70,17 @@ def _teacher(state: Run) -> Path | None:
     return Path(teacher.path) if teacher.path else state.source.folder
 
 
-def _why_not(state: Run, rows: list[Row]) -> str | None:
+def _absent(state: Run) -> str | None:
     if not state.cfg.guard.llama_cpp:
         return "guard.llama_cpp=false"
     missing = [name for name in _TOOLS if find_tool(name) is None]
-    if missing:
-        return f"{' and '.join(missing)} not found; build with `{INSTALL}`"
+    return f"{' and '.join(missing)} not found; build with `{INSTALL}`" if missing else None
+
+
+def _why_not(state: Run, rows: list[Row]) -> str | None:
+    absent = _absent(state)
+    if absent is not None:
+        return absent
     num_scored = sum(row.num_scored_tokens for row in rows)
     if num_scored < MIN_TOKENS:
         return (

@@ -12,7 +12,7 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import to_json
 from qatlora.report.markdown import to_markdown
 from qatlora.report.results_runtime import CANDIDATE_F32
-from qatlora.stages.runtime import runtime_gates
+from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.state import Run, report_of
 
 pytestmark = pytest.mark.llama_cpp
@@ -64,9 +64,14 @@ def test_it_is_skipped_with_the_reason(
 
 
 def test_without_tools_the_reason_names_the_command_that_builds_them(
-    state: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
+    announce_runtime(state)
+    assert "will not be judged in llama.cpp" in "".join(capsys.readouterr())
     (gate,) = runtime_gates(state)
     assert gate.status == "skipped"
     assert "llama-perplexity and llama-quantize not found" in gate.message
