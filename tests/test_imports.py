@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "quiet",
     },
     "inspection": {"grid", "base"},
-    "validation": {"config", "grid", "base", "llamacpp", "evaluate", "export", "guard"},
+    "validation": {"config", "grid", "base", "data", "llamacpp", "evaluate", "export", "guard"},
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,

@@ -89,9 +89,7 @@ def validate(state: Run) -> None:
         if settings.gguf is not None:
             gates += _measure_gguf(state, checkpoint, base_share)
     state.guard = verdict(gates, None)
-    if not state.guard.passed:
-        advice = _better_command(state)
-        state.validation = dataclasses.replace(state.validation, advice=advice)
+    state.validation = dataclasses.replace(state.validation, advice=_better_command(state))
 
 
 def decide(state: Run) -> None:
@@ -198,14 +196,17 @@ def _measure(state: Run, name: str, model: PreTrainedModel) -> None:
         state.evaluation.measure(name, model, advance)
 
 
-def _better_command(state: Run) -> str:
-    """Train inside the grid; or, where only the file went wrong, export the blocks themselves."""
-    kept = state.validation.kept.get(BY_GRID)
-    share = None if kept is None else deciding_share(kept)
-    if share is not None and share >= state.cfg.validate.min_share_kept:
+def _better_command(state: Run) -> str | None:
+    """Train inside the grid; or, where only llama-quantize is at fault, export the blocks."""
+    enough = {
+        name: (share := deciding_share(kept)) is None or share >= state.cfg.validate.min_share_kept
+        for name, kept in state.validation.kept.items()
+    }
+    if state.guard.passed and all(enough.values()):
+        return None
+    if enough.get(BY_GRID, True):
         return "python -m qatlora recipe=export_gguf adapter.path=RUN/adapter"
-    folder = state.source.folder
     return (
-        f"python -m qatlora recipe=chat_sft base.path={folder} storage=q4_0 adapter=steps "
-        "data=jsonl data.path=CHATS.jsonl"
+        f"python -m qatlora recipe=chat_sft base.path={state.source.folder} storage=q4_0 "
+        "adapter=steps data=jsonl data.path=CHATS.jsonl"
     )

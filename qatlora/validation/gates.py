@@ -48,8 +48,8 @@ def effect_gate(
     """The better of both ways to Q4_0 keeps enough of the effect."""
     shares = [deciding_share(kept) for kept in (by_llama_cpp, by_grid)]
     if shares[0] is None or shares[1] is None:
-        gate = at_least("effect_kept", 0.0, settings.min_share_kept, "share", "effect of the merge")
-        return skipped(gate, "the merged model is the base")
+        nothing = "the merged model is the base: nothing was merged"
+        return at_least("effect_kept", 0.0, settings.min_share_kept, "share", nothing)
     measure = "KLD" if by_grid.by_loss is None else "loss"
     return at_least(
         "effect_kept",

@@ -1,6 +1,7 @@
 """A plain LoRA folder of PEFT, Unsloth or Axolotl, merged as people merge it: to bf16."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +54,10 @@ def merge_lora(source: Source, adapter: Path, target: Path) -> None:
     """
     model = load_plain(source.folder, torch.device("cpu"), torch.float32)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with warnings.catch_warnings():
+            # PEFT goes on with factors of its own where the adapter's names are others.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except Exception as problem:  # peft raises many classes for one cause
         raise AdapterError(
             f"PEFT cannot put {adapter} on {source.folder} ({type(problem).__name__}: "

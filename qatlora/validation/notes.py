@@ -1,7 +1,10 @@
 """What a merge may have changed besides the weights: warnings in a sentence each."""
 
+from transformers import PreTrainedTokenizerBase
+
 from qatlora.base.load import load_tokenizer
 from qatlora.base.source import Source
+from qatlora.data.templates import strip_generation_markers
 
 
 def warnings_of(merged: Source, base: Source, tied: bool) -> list[str]:
@@ -27,9 +30,14 @@ def warnings_of(merged: Source, base: Source, tied: bool) -> list[str]:
             f"The tokenizer is another one: {len(after)} tokens where the base has {len(before)}, "
             "or other ids. A GGUF takes the merged folder's; copy the base's if none was added."
         )
-    if after.chat_template != before.chat_template:
+    if _rendered(after) != _rendered(before):
         found.append(
             "The chat template is another one than the base's: a GGUF carries it, and a model "
             "answers badly under a template that it was not trained with."
         )
     return found
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template without marks that only training needs."""
+    return strip_generation_markers(tokenizer.chat_template or "")

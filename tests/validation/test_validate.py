@@ -11,7 +11,7 @@ import torch
 from loaded_cases import RULE, edit_tensors, loaded, on_grid_folder
 from peft import LoraConfig, get_peft_model
 from pipeline_cases import settings, write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qatlora import pipeline
@@ -20,6 +20,7 @@ from qatlora.base.layout import find_layout
 from qatlora.base.source import find_source
 from qatlora.config import BaseConfig, ExportConfig, OtherType, RootConfig, ValidateConfig
 from qatlora.config_rules import validate as check_rules
+from qatlora.data.templates import strip_generation_markers
 from qatlora.errors import AdapterError, ConfigError, GuardFailed
 from qatlora.evaluate import Mean
 from qatlora.export.candidate import write_candidate
@@ -92,6 +93,8 @@ def test_a_merge_on_the_grid_passes(base: Path, files: dict[str, Path], tmp_path
         if "_proj.weight" in name
     }
     edit_tensors(merged, on_grid)
+    template = merged / "chat_template.jinja"  # our exports leave marks for training out
+    template.write_text(strip_generation_markers(template.read_text()))
     report = run(base, files, tmp_path / "run", merged=merged)
     assert gates(report) == {"on_grid": "passed", "effect_kept": "passed"}
     kept = report["validate"]["kept"][BY_GRID]
@@ -188,7 +191,9 @@ def test_the_loss_decides_where_it_fell_clearly_and_the_kld_else():
     assert (gate.status, gate.value) == ("failed", pytest.approx(0.25))
     assert effect_gate(vague, clear, limits).status == "passed"
     nothing = kept_effect(EffectFigures(Mean(0.0, 0.0), Mean(0.0, 0.0), 0.0, 0.0))
-    assert effect_gate(nothing, nothing, limits).status == "skipped"
+    gate = effect_gate(nothing, nothing, limits)
+    assert gate.status == "failed"
+    assert "nothing was merged" in gate.message
 
 
 def test_an_adapter_of_ours_and_a_folder_without_one_are_refused(
@@ -200,6 +205,20 @@ def test_an_adapter_of_ours_and_a_folder_without_one_are_refused(
     (tmp_path / "empty" / "adapter_config.json").write_text('{"peft_type": "QATLORA"}')
     with pytest.raises(AdapterError, match=r"recipe=merge adapter\.path="):
         run(base, files, tmp_path / "run", adapter=tmp_path / "empty")
+
+
+def test_an_adapter_whose_names_are_others_is_refused(
+    base: Path, files: dict[str, Path], tmp_path: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    renamed = {
+        name.replace("layers", "language_model.layers"): t for name, t in load_file(path).items()
+    }
+    save_file(renamed, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="cannot put .* on .*missing adapter keys"):
+        run(base, files, tmp_path / "run", adapter=tmp_path / "lora")
 
 
 def test_nothing_or_two_merges_at_once_are_refused(tmp_path: Path):
