@@ -22,7 +22,6 @@ def deployed_model(adapted: GridModel, other_type: str, device: torch.device) ->
         device: where the model goes.
     """
     model = load_plain(adapted.base.source.folder, device, torch.float32)
-    deploy_embeddings(model, other_type)
     for name, blocks in adapted.deployed():
         bias = model.get_submodule(name).bias
         weight = decode(blocks, torch.float32).to(device)
@@ -31,4 +30,8 @@ def deployed_model(adapted: GridModel, other_type: str, device: torch.device) ->
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", bias)  # type: ignore[arg-type]
         model.set_submodule(name, linear)
+    nn.Module.float(
+        model
+    )  # the rest of an NF4 build comes in bf16; transformers' own float refuses
+    deploy_embeddings(model, other_type)
     return model

@@ -13,6 +13,8 @@ from qatlora.llamacpp.kld_statistics import MIN_TOKENS, Figure, Statistics
 from qatlora.llamacpp.tools import run_until, tail
 
 _TIMEOUT_SECONDS = 7200
+_LOGITS_BYTES = 64_000_000
+_MAX_SEQUENCES = 200  # llama.cpp itself has room for 256
 _ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+) \+/- ([0-9.]+)")
 _NUMBER = r"(-?(?:\d+\.\d+|inf|nan))"
 _LABEL = r"[^:\n]*(?:PPL|KLD|Δp|top p)[^:\n]*?"
@@ -44,7 +46,7 @@ def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[f
 def kl_divergence(gguf: Path, base: KldBase, options: tuple[str, ...] = ()) -> Statistics:
     """Run a GGUF on the tokens of a base file and read all that the program prints.
 
-    One window is run at a time: the program's buffer holds the logits of a whole batch.
+    As many windows are run at a time as the program's buffer of logits stays small for.
 
     Args:
         gguf: the model.
@@ -55,14 +57,23 @@ def kl_divergence(gguf: Path, base: KldBase, options: tuple[str, ...] = ()) -> S
         ToolError: the program is missing or failed, or the two cannot be compared.
     """
     _require_comparable(gguf, base)
-    window = str(base.tokens.shape[1])
+    window = base.tokens.shape[1]
     files = ["-m", str(gguf), "--kl-divergence-base", str(base.path), "--kl-divergence"]
-    sizes = ["-c", window, "-b", window, "-ub", window]
+    batch = window * _windows_at_once(window, base.vocab_size)
+    sizes = ["-c", str(window), "-b", str(batch), "-ub", str(window)]
     arguments = [*files, *sizes, *options]
     output = run_until("llama-perplexity", arguments, _TIMEOUT_SECONDS, _LAST_LINE)
     if _LAST_LINE.search(output) is None:
         raise ToolError(f"llama-perplexity ended without statistics for {gguf}: {tail(output)}")
     return printed_statistics(output)
+
+
+def _windows_at_once(window: int, vocab_size: int) -> int:
+    """At least one; for a small vocabulary many, which also gives the log time (`run_until`).
+
+    The program makes room for all of them and takes a while to give it back at exit.
+    """
+    return max(1, min(_MAX_SEQUENCES, _LOGITS_BYTES // (4 * vocab_size * window)))
 
 
 def printed_statistics(output: str) -> Statistics:

@@ -37,7 +37,7 @@ TOOLS = (
 INSTALL = "python -m qatlora.llamacpp.tools install"
 _SUFFIX = ".exe" if os.name == "nt" else ""
 _LOG_TAIL_LINES = 8
-_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 60, 60
+_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 200, 120
 _CONFIGURE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",

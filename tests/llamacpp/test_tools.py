@@ -57,12 +57,15 @@ def test_programs_read_the_text_as_it_is_and_keep_weights_unpacked(fake_tools: P
     assert tools.tokenize(Path("model.gguf"), "é\n\n") == [4]
 
 
-def test_the_estimate_of_perplexity_is_read_from_the_log(fake_tools: Path):
+def test_the_estimate_of_perplexity_is_read_from_the_log(
+    fake_tools: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_program(
         fake_tools / "llama-perplexity", 'echo "1 I Final estimate: PPL = 13.5663 +/- 2.5" >&2'
     )
     assert perplexity(Path("m.gguf"), Path("t.txt"), 128, 2) == (13.5663, 2.5)
     write_program(fake_tools / "llama-perplexity", "echo too short >&2")
+    monkeypatch.setattr(tools, "_MAX_ATTEMPTS", 2)
     with pytest.raises(ToolError, match=r"two windows of 128 tokens.*too short"):
         perplexity(Path("m.gguf"), Path("t.txt"), 128, 2)
 
