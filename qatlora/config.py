@@ -21,6 +21,7 @@ STAGES = (
     "preflight",
     "inspect",
     "build",
+    "preview_data",
     "load_data",
     "load_base",
     "attach",
@@ -35,10 +36,14 @@ STAGES = (
     "save_base",
     "benchmark",
     "validate",
+    "fidelity",
     "report",
     "decide",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
+
+CHAT_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Files that data=files can read."""
 
 
 class Storage(Enum):
@@ -81,10 +86,22 @@ class Precision(Enum):
 
 
 class DataKind(Enum):
-    """Where the conversations come from."""
+    """Where the conversations come from: embedded, JSONL, files by their suffix, or the hub."""
 
     chitchat = "chitchat"
     jsonl = "jsonl"
+    files = "files"
+    hub = "hub"
+
+
+class ChatFormat(Enum):
+    """How records hold a conversation; qatlora/data/formats.py says what each one is."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
 
 
 class TeacherKind(Enum):
@@ -232,7 +249,18 @@ class DataConfig:
 
     kind: DataKind = DataKind.chitchat
     path: str | None = None
-    """JSONL file with one {"messages": [...]} per line, for kind jsonl."""
+    """File for the kinds jsonl and files (.jsonl, .json or .parquet)."""
+    paths: list[str] = field(default_factory=list)
+    """Several files in place of path."""
+    weights: list[float] = field(default_factory=list)
+    """Shares by which training rows come from `paths`; empty: by their numbers of conversations."""
+    hub_id: str | None = None
+    """Data set on the Hugging Face hub, or a folder laid out like one, for kind hub."""
+    hub_split: str = "train"
+    format: ChatFormat = ChatFormat.auto
+    """Layout of the records; auto: as the first one of each set shows."""
+    packing: bool = False
+    """Fill training rows with several conversations, which do not see each other."""
     system_prompt: str | None = None
     """System turn put before every conversation that has none."""
     general: str = "wiki"
@@ -248,6 +276,16 @@ class DataConfig:
     """Texts of those rows (as in general) and their weights; empty: general alone."""
     num_prompts: int = 3
     """Held-out user turns answered before and after training."""
+
+
+@dataclass
+class PreviewConfig:
+    """How much of the conversations the recipe data_preview renders."""
+
+    num_examples: int = 3
+    """Rows shown in full."""
+    max_conversations: int = 1000
+    """Conversations rendered and counted at most; all are read and checked."""
 
 
 @dataclass
@@ -419,6 +457,27 @@ class BenchmarkConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """Which models the recipe `fidelity` compares, with what, and on which texts."""
+
+    models: list[str] = field(default_factory=lambda: ["nf4", "q4_0", "q4_0_reference"])
+    """Each is nf4, q4_0, q4_0_reference or bf16 (the base stored so), or PLACE or PLACE@STORAGE,
+    where PLACE is a folder, a GGUF file, hub:ID or embedded:NAME; see qatlora/model_spec.py."""
+    reference: str | None = None
+    """A model like those; null: each model's own bf16 checkpoint, else the base in bf16."""
+    texts: list[str] = field(default_factory=lambda: ["wiki", "c4", "chats"])
+    """chats (of the group data), texts as in data.general, or text files."""
+    tokens_per_text: int = 65536
+    """Scored tokens of each text at most."""
+    window_tokens: int = 512
+    """Length of a window, BOS included."""
+    precision: Precision = Precision.auto
+    """Arithmetic of weights and forwards; auto is bf16, fp32 has less noise."""
+    worst_tokens: int = 20
+    """Tokens with the largest KLD that are shown of each model."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and where it is logged."""
 
@@ -441,6 +500,7 @@ class RootConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -451,6 +511,7 @@ class RootConfig:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     run_dir: str = "runs"
@@ -475,7 +536,7 @@ def to_dataclasses(cfg: DictConfig) -> RootConfig:
     if not isinstance(root, RootConfig):
         raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")
     _settle_paths(root)
-    _settle_base(root.base)
+    settle_base(root.base)
     return root
 
 
@@ -495,6 +556,7 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    root.data.paths = [str(Path(path).expanduser().absolute()) for path in root.data.paths]
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
     for key in ("merged", "adapter", "gguf"):
@@ -506,7 +568,7 @@ def _settle_paths(root: RootConfig) -> None:
 _EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
 
 
-def _settle_base(base: BaseConfig) -> None:
+def settle_base(base: BaseConfig) -> None:
     """Let a path or hub id displace the default embedded base, and name what has no name."""
     if base.path or base.hub_id:
         if base.name == base.embedded:

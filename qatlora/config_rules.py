@@ -3,20 +3,18 @@
 Each check raises `ConfigError` with the value found, the rule it breaks and the remedy.
 """
 
-import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from qatlora.config import (
     STAGES,
     AdapterKind,
     BaseConfig,
-    DataKind,
     Effect,
     ExportConfig,
+    FidelityConfig,
     InspectConfig,
     RootConfig,
     Rounding,
@@ -26,7 +24,9 @@ from qatlora.config import (
     Trained,
     ValidateConfig,
 )
-from qatlora.errors import ConfigError
+from qatlora.config_chats import check_chat_source
+from qatlora.errors import ConfigError, closest
+from qatlora.model_spec import parse_models
 
 _MINIMA = {
     "adapter.rank": 1,
@@ -35,6 +35,8 @@ _MINIMA = {
     "data.eval_tokens": 1,
     "data.replay_rows_per_step": 0,
     "data.num_prompts": 0,
+    "preview.num_examples": 0,
+    "preview.max_conversations": 1,
     "train.max_steps": 1,
     "train.rows_per_step": 1,
     "train.micro_batch_rows": 1,
@@ -60,6 +62,9 @@ _MINIMA = {
     "benchmark.rows_per_step": 1,
     "benchmark.eval_tokens": 1,
     "validate.gguf_kld_max_nats": 0,
+    "fidelity.tokens_per_text": 2,
+    "fidelity.window_tokens": 8,
+    "fidelity.worst_tokens": 0,
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -75,14 +80,6 @@ _POSITIVE = (
     "build.max_shard_gb",
     "benchmark.steps_rate_factor",
 )
-
-
-def closest(word: str, choices: Iterable[str]) -> str:
-    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
-    choices = sorted(choices)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    proposal = f"; did you mean {near[0]}?" if near else "."
-    return f"the choices are {', '.join(choices)}{proposal}"
 
 
 def validate(cfg: RootConfig) -> None:
@@ -105,6 +102,8 @@ def validate(cfg: RootConfig) -> None:
         _check_benchmark(cfg)
     if "validate" in cfg.stages:
         _check_validate(cfg.validate)
+    if "fidelity" in cfg.stages:
+        _check_fidelity(cfg.fidelity)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -194,19 +193,7 @@ def _check_adapter(cfg: RootConfig) -> None:
 
 def _check_data(cfg: RootConfig) -> None:
     data = cfg.data
-    if data.kind is DataKind.jsonl:
-        if data.path is None:
-            raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
-        if not Path(data.path).is_file():
-            raise ConfigError(
-                f"data.path={data.path}: no such file. Give a JSONL file with "
-                'one {"messages": [...]} per line.'
-            )
-    elif data.path is not None:
-        raise ConfigError(
-            f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
-            "and reads no file. Add data=jsonl, or leave data.path out."
-        )
+    check_chat_source(data)
     for name, weight in data.replay_mix.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(
@@ -335,3 +322,14 @@ def _check_benchmark(cfg: RootConfig) -> None:
                 f"data.max_length_tokens={cfg.data.max_length_tokens}, the length of a row. Change "
                 "one of the two."
             )
+
+
+def _check_fidelity(fidelity: FidelityConfig) -> None:
+    parse_models("fidelity.models", fidelity.models)
+    if fidelity.reference is not None:
+        parse_models("fidelity.reference", [fidelity.reference])
+    if not fidelity.texts or len(set(fidelity.texts)) < len(fidelity.texts):
+        raise ConfigError(
+            f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. "
+            "Set fidelity.texts to such a list, as [wiki,c4,chats]."
+        )

@@ -5,6 +5,9 @@ Every message names the value found, the rule it breaks and the remedy, in one p
 `QATLORA_TRACEBACK=1` shows the traceback as well.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QatloraError(Exception):
     """Base of all errors that qatlora raises on purpose."""
@@ -52,9 +55,25 @@ class GuardFailed(QatloraError):
     exit_code = 3
 
 
+class SweepFailed(QatloraError):
+    """A run of a sweep failed; the others took place, and the table names the reason."""
+
+
 class TrainError(QatloraError):
     """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
 
 
 class BenchmarkError(QatloraError):
     """A method could not be measured."""
+
+
+class FidelityError(QatloraError):
+    """Models cannot be compared, or their figures are not repeatable."""
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    proposal = f"; did you mean {near[0]}?" if near else "."
+    return f"the choices are {', '.join(choices)}{proposal}"

@@ -4,8 +4,8 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-benchmark and validate are one stage between preflight and report, and decide ends validate with
-its exit code. Those stages are in `qatlora.stages`.
+preview_data, benchmark, fidelity and validate are one stage between preflight and report; decide
+ends validate with its exit code. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -40,6 +40,7 @@ from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
+from qatlora.grid.fused import compiles_on
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
@@ -50,7 +51,9 @@ from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
+from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.stages.validate import check_validate, decide, validate
@@ -83,6 +86,7 @@ def _preflight(state: Run) -> None:
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
+    compiles_on(state.device)  # refuses an unknown choice
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
     preflight.require(needs, state.run_dir)
     if "save_base" in cfg.stages:
@@ -95,7 +99,7 @@ def _preflight(state: Run) -> None:
         check_build(state)
     if "validate" in cfg.stages:
         check_validate(state)
-    if {"build", "load_base", "load_data"} & set(cfg.stages):
+    if {"build", "preview_data", "load_base", "load_data", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -105,6 +109,8 @@ def _preflight(state: Run) -> None:
             require_bf16_values(state.source)
     if "guard" in cfg.stages:
         announce_runtime(state)
+    if "fidelity" in cfg.stages:
+        check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -251,6 +257,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
     "inspect": inspect,
     "build": build,
+    "preview_data": preview_data,
     "load_data": _load_data,
     "load_base": _load_base,
     "attach": _attach,
@@ -265,6 +272,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "save_base": save_base,
     "benchmark": benchmark,
     "validate": validate,
+    "fidelity": fidelity,
     "report": _write_report,
     "decide": decide,
 }

@@ -17,9 +17,10 @@ from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
-from qatlora.data.rows import Batches
+from qatlora.data.rows import Batches, Text
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
+from qatlora.fidelity.plan import Comparison
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
@@ -38,6 +39,8 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.results_validate import ValidateResult
 
@@ -60,7 +63,12 @@ class Run:
     inspection: InspectResult | None = None
     validation: ValidateResult | None = None
     benchmark: BenchmarkResult | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    measured: list[Text] = field(default_factory=list)  # what these are compared on
+    data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
+    fidelity: FidelityResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    preview: PreviewResult | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
     base_result: BaseResult | None = None  # what is known of it where none is loaded to be trained
@@ -117,13 +125,15 @@ def report_of(state: Run) -> RunReport:
         export=state.export,
         inspect=state.inspection,
         validate=state.validation,
+        preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
+        fidelity=state.fidelity,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
         peak_rss_bytes=peak_rss_bytes(),
-        data_notes=state.batches.notes if state.batches else {},
+        data_notes=state.batches.notes if state.batches else state.data_notes,
         versions={"qatlora": __version__, "llama.cpp": llama_cpp_version()}
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         settings=dataclasses.asdict(state.cfg),

@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "grid": set(),
     "llamacpp": {"registry"},
     "config": set(),
-    "config_rules": {"config"},
+    "model_spec": set(),
+    "config_chats": {"config"},
+    "config_rules": {"config", "config_chats", "model_spec"},
     "base": {"config", "grid", "llamacpp", "registry", "progress"},
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
@@ -51,14 +53,36 @@ MAY_IMPORT = {
     },
     "inspection": {"grid", "base"},
     "validation": {"config", "grid", "base", "data", "llamacpp", "evaluate", "export", "guard"},
+    "fidelity": {
+        "config",
+        "model_spec",
+        "grid",
+        "base",
+        "llamacpp",
+        "adapters",
+        "data",
+        "evaluate",
+    },
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
-    "__main__": {"config", "config_rules", "pipeline", "quiet"},
+    "sweep": set(),
+    "__main__": {"config", "config_rules", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-WITHOUT_TORCH = ("errors", "files", "paths", "registry", "config", "config_rules", "__main__")
+WITHOUT_TORCH = (
+    "errors",
+    "files",
+    "paths",
+    "registry",
+    "config",
+    "config_chats",
+    "model_spec",
+    "config_rules",
+    "sweep",
+    "__main__",
+)
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}
 TORCH_ONLY = ("grid", "distill")
 

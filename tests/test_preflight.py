@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatlora import preflight
+from qatlora import pipeline, preflight
 from qatlora.base.layout import find_layout
 from qatlora.base.source import find_source
 from qatlora.config import RootConfig, Storage, Trained
+from qatlora.errors import ConfigError
 
 
 def test_trained_weights_count_with_gradient_moments_and_checkpoints(
@@ -57,3 +58,13 @@ def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
     assert (
         needs.seconds > preflight.estimate(streaming, source, layout, torch.device("cpu")).seconds
     )
+
+
+def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RootConfig(stages=["preflight"], run_dir=str(tmp_path))
+    cfg.base.path, cfg.train.device = str(tiny_llama_folder), "cpu"
+    monkeypatch.setenv("QATLORA_COMPILE", "maybe")
+    with pytest.raises(ConfigError, match="QATLORA_COMPILE is 'maybe'"):
+        pipeline.run(cfg)

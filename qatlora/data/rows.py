@@ -1,5 +1,6 @@
 """What the data room hands on: token rows, held-out texts and the batches of a whole run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,18 +12,20 @@ Source = Literal["chat", "general"]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of tokens.
+    """A sequence of tokens, or several that do not see each other.
 
     Attributes:
         input_ids: token ids, unpadded.
         labels: as long as `input_ids`; `labels[i]` is the token AT position i, or `IGNORED`. The
             shift by one position happens in the loss.
         source: "chat" (loss on the assistant's tokens) or "general" (loss on every token).
+        starts: where each sequence begins; positions count from there.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: Source
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -32,10 +35,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Text:
-    """A held-out text for evaluation; none of its rows is ever trained on."""
+    """A text for evaluation: the held-out task, validation and general, or one of its own name."""
 
-    name: Literal["task", "validation", "general"]
+    name: str
     rows: list[Row]
+
+
+def first_rows(rows: Iterable[Row], num_tokens: int) -> list[Row]:
+    """The first rows with at most `num_tokens` scored tokens together, at least one row."""
+    taken: list[Row] = []
+    total = 0
+    for row in rows:
+        total += row.num_scored_tokens
+        if taken and total > num_tokens:
+            break
+        taken.append(row)
+    return taken
 
 
 @dataclass(frozen=True)
@@ -52,5 +67,5 @@ class Batches:
 
     train: list[Row]
     texts: list[Text]
-    prompts: list[list[dict[str, str]]]
+    prompts: list[list[dict[str, Any]]]
     notes: dict[str, Any]

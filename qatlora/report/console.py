@@ -9,9 +9,17 @@ from rich.text import Text
 
 from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.escape import visible
+from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.preview_text import (
+    LENGTH_HEADER,
+    example_title,
+    highlighted,
+    length_rows,
+)
 from qatlora.report.results import GuardResult, InspectResult, RunReport
+from qatlora.report.results_preview import PreviewResult
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
@@ -29,14 +37,19 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_inspect_table(report.inspect))
     if report.validate:
         if report.validate.kept:
-            parts.append(_plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
-        parts.append(_plain_table("trained tensors", TYPES_HEADER, type_rows(report.validate)))
+            parts.append(plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
+        parts.append(plain_table("trained tensors", TYPES_HEADER, type_rows(report.validate)))
+    if report.preview:
+        parts += _preview_parts(report.preview)
     if report.benchmark:
-        parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
+        parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark)))
+    if report.fidelity:
+        cells = console_cells(report.fidelity)
+        parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     if report.runtime:
-        parts.append(_plain_table("in llama.cpp", RUNTIME_HEADER, runtime_rows(report.runtime)))
+        parts.append(plain_table("in llama.cpp", RUNTIME_HEADER, runtime_rows(report.runtime)))
     outcome = verdict(report)
     style = {True: "bold green", False: "bold red", None: "bold"}[outcome.good]
     parts.append(Text(visible(outcome.headline), style=style))
@@ -46,7 +59,14 @@ def to_console(report: RunReport) -> RenderableType:
 
 
 def _score_table(rows: list[list[str]]) -> Table:
-    table = Table(title="held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # The widest: collapsed padding leaves room for a third model's name in 80 columns.
+    table = Table(
+        title="held-out text",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name in SCORE_HEADER:
         justify: JustifyMethod = "left" if name in ("text", "model") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)
@@ -64,11 +84,24 @@ def _inspect_table(result: InspectResult) -> Table:
     return table
 
 
-def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
-    """The first column to the left, figures to the right."""
+def _preview_parts(result: PreviewResult) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for number, example in enumerate(result.examples, 1):
+        parts += [Text(example_title(example, number), style="bold"), highlighted(example), Text()]
+    return [
+        *parts,
+        plain_table("lengths up to the last answer", LENGTH_HEADER, length_rows(result)),
+    ]
+
+
+def plain_table(
+    title: str, header: Sequence[str], rows: list[list[str]], num_left: int = 1
+) -> Table:
+    """A table whose first columns stand to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left")
+        justify: JustifyMethod = "left" if index < num_left else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table

@@ -49,8 +49,10 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "export": parts.pop("export"),
         "inspect": parts.pop("inspect"),
         "validate": parts.pop("validate"),
+        "preview": parts.pop("preview"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
+        "fidelity": parts.pop("fidelity"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

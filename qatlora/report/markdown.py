@@ -15,6 +15,8 @@ from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
 from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
+from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
+from qatlora.report.fidelity_text import fidelity_tables
 from qatlora.report.formatting import (
     format_bytes,
     format_count,
@@ -27,6 +29,8 @@ from qatlora.report.inspect_plot import INSPECT_PLOT
 from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
+from qatlora.report.preview_plot import LENGTHS_PLOT
+from qatlora.report.preview_text import preview_sections
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.results_validate import ValidateResult
@@ -49,7 +53,9 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("", _verdict(report)),
         ("What Q4_0 keeps", _validation(report.validate)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Conversations", _preview(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
+        ("Models against their references", _fidelity(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("In llama.cpp", _runtime(report.runtime)),
@@ -123,11 +129,24 @@ def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
         yield from inspect_tables(report.inspect)
 
 
+def _preview(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.preview is not None:
+        yield _plot(LENGTHS_PLOT, "Lengths of the conversations", plots)
+        yield from preview_sections(report.preview)
+
+
 def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.benchmark is not None:
         yield from benchmark_tables(report.benchmark)
         yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
         yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
+
+
+def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.fidelity is not None:
+        yield _plot(DISTRIBUTION_PLOT, "Share of tokens above a KLD", plots)
+        yield _plot(POSITION_PLOT, "Mean KLD by position in the window", plots)
+        yield from fidelity_tables(report.fidelity)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:

@@ -31,7 +31,14 @@ from qatlora.report.benchmark_plot import (
     speed_figure,
 )
 from qatlora.report.changes import KindChange, changes_by_kind
+from qatlora.report.fidelity_plot import (
+    DISTRIBUTION_PLOT,
+    POSITION_PLOT,
+    distribution_figure,
+    position_figure,
+)
 from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
+from qatlora.report.preview_plot import LENGTHS_PLOT, lengths_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
 
 LOSS_PLOT = "loss.png"
@@ -62,8 +69,11 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         KLD_PLOT: kld_figure(report.texts),
         CHANGES_PLOT: changes_figure(changes_by_kind(report.changes)),
         INSPECT_PLOT: inspect_figure(report.inspect),
+        LENGTHS_PLOT: lengths_figure(report.preview),
         SPEED_PLOT: speed_figure(report.benchmark),
         FORGETTING_PLOT: forgetting_figure(report.benchmark),
+        DISTRIBUTION_PLOT: distribution_figure(report.fidelity, KLD_BIN_EDGES),
+        POSITION_PLOT: position_figure(report.fidelity),
     }
     for name, figure in figures.items():
         if figure is None:

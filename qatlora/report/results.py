@@ -9,6 +9,8 @@ from typing import Any
 
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.results_validate import ValidateResult
 
@@ -271,8 +273,10 @@ class RunReport:
     export: ExportResult | None = None
     inspect: InspectResult | None = None
     validate: ValidateResult | None = None
+    preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
+    fidelity: FidelityResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

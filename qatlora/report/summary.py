@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
+from qatlora.report.preview_text import headline as preview_headline
+from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.validate_text import validate_headline, validate_reasons
@@ -34,8 +37,13 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.preview is not None:
+        return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
+    if report.fidelity is not None:
+        first, *others = headlines(report.fidelity) or ["Every reference equals itself."]
+        return Verdict(first, None, others)
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -55,11 +63,15 @@ def verdict(report: RunReport) -> Verdict:
 def facts(report: RunReport) -> list[tuple[str, str]]:
     """Pairs of a label and plain text: what was made, its effect; only those that are known."""
     lines: list[tuple[str, str]] = []
+    if report.fidelity:
+        lines += self_klds(report.fidelity)
     if report.build:
         lines += _build_facts(report.build, report.base)
     if report.validate:
         lines.append((report.validate.what, report.validate.path))
         lines.append(("base", report.validate.base))
+    if report.preview:
+        lines += preview_facts(report.preview)
     if report.export:
         size = format_bytes(report.export.bytes)
         types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())

@@ -27,6 +27,7 @@ from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
 
 _TERMS = ("ce", "kl", "general_kl")
+_CONTEXT = ("input_ids", "attention_mask", "position_ids")
 _PARAMETERS = "trainable.safetensors"
 
 
@@ -48,7 +49,11 @@ class Objective:
 
 
 class RowCollator:
-    """Pad rows to the right: input_ids, attention_mask, labels, is_general [rows]."""
+    """Pad rows to the right: input_ids, attention_mask, labels, is_general [rows].
+
+    Where a row holds several sequences, position_ids stand in place of the mask: transformers reads
+    from them which tokens may see each other, padding being one more sequence.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
@@ -57,9 +62,15 @@ class RowCollator:
         """Tensors of one micro-batch."""
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
-        return {
+        longest = max(map(len, ids))
+        if any(len(row["starts"]) > 1 for row in rows):
+            positions = [_positions([*row["starts"], len(row["labels"])], longest) for row in rows]
+            context = {"position_ids": torch.stack(positions)}
+        else:
+            ones = [torch.ones_like(one) for one in ids]
+            context = {"attention_mask": pad_sequence(ones, batch_first=True)}
+        return context | {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
             "is_general": torch.tensor([row["source"] == "general" for row in rows]),
         }
@@ -67,7 +78,14 @@ class RowCollator:
 
 def training_record(row: Row) -> dict[str, Any]:
     """A row as the columns that `RowCollator` reads."""
-    return {"input_ids": row.input_ids, "labels": row.labels, "source": row.source}
+    return dict(vars(row))
+
+
+def _positions(starts: list[int], length: int) -> Tensor:
+    """Places 0 .. length - 1, counted anew from each of `starts`."""
+    places = torch.arange(length)
+    begins = torch.tensor(starts)
+    return places - begins[torch.searchsorted(begins, places, right=True) - 1]
 
 
 class GridTrainer(SFTTrainer):
@@ -104,8 +122,8 @@ class GridTrainer(SFTTrainer):
         """The weighted loss of one micro-batch, a share of its step's loss."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        hidden = final_hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
+        context = {name: inputs[name] for name in _CONTEXT if name in inputs}
+        hidden = final_hidden_states(model, **context)[:, :-1].flatten(0, 1)
         labels = inputs["labels"][:, 1:].flatten()
         general = inputs["is_general"].unsqueeze(1).expand_as(inputs["labels"][:, 1:]).flatten()
         scored = labels != IGNORED_LABEL
@@ -118,7 +136,7 @@ class GridTrainer(SFTTrainer):
             hidden,
             self._head,
             labels,
-            teacher=self._teacher_states(ids, mask, token_kl),
+            teacher=self._teacher_states(context, token_kl),
             divergence=self.objective.divergence,
             token_ce_weight=token_ce,
             token_kl_weight=token_kl,
@@ -128,12 +146,12 @@ class GridTrainer(SFTTrainer):
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
 
-    def _teacher_states(self, ids: Tensor, mask: Tensor, weight: Tensor) -> TeacherStates | None:
+    def _teacher_states(self, context: dict[str, Tensor], weight: Tensor) -> TeacherStates | None:
         teacher = self.objective.teacher
         if teacher is None or not bool((weight > 0).any()):
             return None
         with torch.no_grad():
-            hidden = final_hidden_states(teacher, ids, mask)[:, :-1].flatten(0, 1)
+            hidden = final_hidden_states(teacher, **context)[:, :-1].flatten(0, 1)
         return TeacherStates(hidden, LmHead.of(teacher))
 
     def _remember(
