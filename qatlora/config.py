@@ -19,6 +19,7 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
+    "plan",
     "inspect",
     "build",
     "preview_data",
@@ -214,6 +215,8 @@ class BaseConfig:
     """HF checkpoint folder or GGUF file."""
     hub_id: str | None = None
     """Model id on the Hugging Face hub."""
+    architecture: str | None = None
+    """Shipped configuration of a published checkpoint, which recipe=plan counts without it."""
     chat_template: str | None = None
     """Name of a shipped template or a Jinja file; null: the checkpoint's own."""
     trained: list[str] | None = None
@@ -352,6 +355,9 @@ class EvaluateConfig:
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
     sample_max_new_tokens: int = 32
+    hold_weights: bool = True
+    """Keep decoded weights over many forwards, and a dense model of the file that is read back:
+    two bytes per weight for less time. recipe=plan says where they fit."""
 
 
 @dataclass
@@ -423,6 +429,20 @@ class ValidateConfig:
     """Share of the merge's effect that Q4_0 must keep."""
     gguf_kld_max_nats: float = 0.01
     """Mean KLD from the checkpoint to the GGUF at most, nats per token."""
+
+
+@dataclass
+class PlanConfig:
+    """What recipe=plan looks for; storage, adapter, rows and teacher are those of a run."""
+
+    gpu_gb: float = 24.0
+    """GPU to recommend settings for, in 2^30 bytes."""
+    gpu_sizes_gb: list[float] = field(default_factory=lambda: [8.0, 12.0, 16.0, 24.0, 48.0, 80.0])
+    """GPUs of the table of what fits."""
+    row_lengths_tokens: list[int] = field(
+        default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384]
+    )
+    """Row lengths that are tried."""
 
 
 @dataclass
@@ -510,6 +530,7 @@ class RootConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -4,8 +4,8 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-preview_data, benchmark, fidelity and validate are one stage between preflight and report; decide
-ends validate with its exit code. Those stages are in `qatlora.stages`.
+preview_data, benchmark, fidelity and validate are one stage between preflight and report, plan one
+before report; decide ends validate with its exit code. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -24,10 +24,10 @@ from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
-from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf, packed_model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
 from qatlora.base.teacher import load_teacher, require_bf16_values
 from qatlora.config import Effect, RootConfig, TeacherKind, Trained
@@ -53,6 +53,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.plan import plan
 from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.runtime import announce_runtime, runtime_gates
@@ -88,7 +89,7 @@ def _preflight(state: Run) -> None:
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
-    preflight.require(needs, state.run_dir)
+    preflight.require(needs, state.run_dir, state.device)
     if "save_base" in cfg.stages:
         require_plain(state.source)
     if "write_candidate" in cfg.stages:
@@ -133,7 +134,7 @@ def _load_base(state: Run) -> None:
         state.base = load_base(
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
-    deploy_embeddings(state.base.model, cfg.export.other_type.name)
+    deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
     if cfg.teacher.kind is TeacherKind.bf16:
         state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
 
@@ -154,7 +155,7 @@ def _evaluate_base(state: Run) -> None:
     if state.teacher is not None:
         with state.bar("evaluate teacher", evaluation.num_tokens, "tokens") as advance:
             evaluation.teacher = evaluation.states_of(state.teacher, advance)
-    with adapted.as_base(), adapted.held_weights(state.dtype):
+    with adapted.as_base(), state.held_weights():
         _measure(state, "base", adapted.model)
         _answer(state, "base")
 
@@ -185,7 +186,7 @@ def _save_adapter(state: Run) -> None:
 
 def _evaluate_trained(state: Run) -> None:
     adapted = state.adapted
-    with adapted.held_weights(state.dtype):
+    with state.held_weights():
         _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
@@ -224,10 +225,13 @@ def _guard(state: Run) -> None:
             "the adapter's run."
         )
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
-    with state.adapted.held_weights(state.dtype):
+    with state.held_weights():
         self_kld = evaluation.self_kld_max(state.adapted.model)
+    read_back = model_from_gguf if cfg.evaluate.hold_weights else packed_model_from_gguf
+    if not cfg.evaluate.hold_weights:
+        state.adapted.model.to("cpu")  # the file takes its place on the device
     config = plain_config(state.source.folder)
-    merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
+    merged = read_back(candidate.path, config, torch.bfloat16).to(state.device).eval()
     roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
@@ -255,6 +259,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "plan": plan,
     "inspect": inspect,
     "build": build,
     "preview_data": preview_data,

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from qatlora.adapters.model import GridModel
 from qatlora.base.load import load_plain
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.grid import decode
 
 
@@ -18,7 +18,7 @@ def deployed_model(adapted: GridModel, other_type: str, device: torch.device) ->
 
     Args:
         adapted: the trained model.
-        other_type: GGUF type of embeddings and lm_head (see `deploy_embeddings`).
+        other_type: GGUF type of the other matrices (see `deploy_others`).
         device: where the model goes.
     """
     model = load_plain(adapted.base.source.folder, device, torch.float32)
@@ -33,5 +33,5 @@ def deployed_model(adapted: GridModel, other_type: str, device: torch.device) ->
     nn.Module.float(
         model
     )  # the rest of an NF4 build comes in bf16; transformers' own float refuses
-    deploy_embeddings(model, other_type)
+    deploy_others(model, adapted.base.grid, other_type)
     return model

@@ -13,7 +13,7 @@ from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
 from qatlora.base.layout import plain_config
 from qatlora.base.load import load_plain
 from qatlora.base.on_grid import on_grid_share
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.source import Source, read_source
 from qatlora.errors import GuardFailed
 from qatlora.evaluate import mean_difference
@@ -138,7 +138,7 @@ def _measure_merge(state: Run, merged: Source) -> GateResult:
     _measure_reference(state, "merged", model)
     for name, make in _EXPORTS.items():
         put_blocks(model, make(merged, state.layout.grid, state.device))
-        deploy_embeddings(model, state.cfg.export.other_type.name)
+        deploy_others(model, state.layout.grid, state.cfg.export.other_type.name)
         _measure(state, name, model)
     del model
     _measure(state, "base", load_plain(state.source.folder, state.device, torch.bfloat16))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qatlora import files
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import Layout, plain_config
-from qatlora.base.others import deployed_embedding
+from qatlora.base.others import deployed_other
 from qatlora.base.source import Source
 from qatlora.export.folders import copy_side_files
 from qatlora.grid import BLOCK_SIZE
@@ -47,7 +47,7 @@ def damage_by_type(source: Source, layout: Layout, inspection: InspectResult) ->
         TypeDamage(name, error, share)
         for name, error, share in zip((BY_LLAMA_CPP, BY_GRID), errors, shares, strict=True)
     ]
-    found.append(damage("Q8_0", source, layout.trained, lambda _, w: deployed_embedding(w, "q8_0")))
+    found.append(damage("Q8_0", source, layout.trained, lambda _, w: deployed_other(w, "q8_0")))
     if find_tool("llama-quantize") is not None:
         found += _by_llama_quantize(source, layout)
     return found

@@ -8,7 +8,7 @@ from loaded_cases import adapted_model, built_folder
 from torch import nn
 
 from qatlora.adapters.plain import deployed_model
-from qatlora.base.others import deployed_embedding
+from qatlora.base.others import deployed_other
 from qatlora.grid import decode
 
 
@@ -28,7 +28,7 @@ def test_every_q4_0_linear_is_plain_and_holds_the_deployed_blocks(
         assert torch.equal(layer.weight, decode(blocks, torch.float32)), name
     stored = adapted.base.source.tensor("model.embed_tokens.weight")
     embeddings = model.get_input_embeddings().weight
-    assert torch.equal(embeddings, deployed_embedding(stored, "q8_0"))
+    assert torch.equal(embeddings, deployed_other(stored, "q8_0"))
     assert model.get_output_embeddings().weight is embeddings
     logits = model(torch.tensor([[2, 5, 9]])).logits
     assert logits.dtype == torch.float32
