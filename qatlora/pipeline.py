@@ -4,8 +4,8 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-preview_data, benchmark and fidelity are one stage between preflight and report, plan one before
-report. Those stages are in `qatlora.stages`.
+preview_data, benchmark, fidelity and validate are one stage between preflight and report, plan one
+before report; decide ends validate with its exit code. Those stages are in `qatlora.stages`.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -41,7 +41,7 @@ from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
 from qatlora.grid.fused import compiles_on
-from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.source import check_converter, llama_cpp_version
@@ -58,6 +58,8 @@ from qatlora.stages.plan import plan
 from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.resume import SETTINGS, check_run_folder
+from qatlora.stages.runtime import announce_runtime, runtime_gates
+from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import fit_to_processes, train
@@ -117,7 +119,9 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "preview_data", "load_base", "fidelity"} & set(cfg.stages):
+    if "validate" in cfg.stages:
+        check_validate(state)
+    if {"build", "preview_data", "load_base", "load_data", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -125,6 +129,8 @@ def _preflight(state: Run) -> None:
         require_storage(state.source, cfg.storage.kind.name)
         if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
             require_bf16_values(state.source)
+    if "guard" in cfg.stages:
+        announce_runtime(state)
     if "fidelity" in cfg.stages:
         check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
@@ -253,7 +259,7 @@ def _guard(state: Run) -> None:
     gates += effect_gates(state.num_changed, _improvement(state), cfg.guard)
     before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")
     gates.append(drift_gate(before, after, cfg.guard))
-    gates.append(llama_cpp_gate())
+    gates += runtime_gates(state)
     state.guard = verdict(gates, cfg.guard.override)
     if not state.guard.passed:
         try:
@@ -291,8 +297,10 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "validate": validate,
     "fidelity": fidelity,
     "report": _write_report,
+    "decide": decide,
 }
 
 

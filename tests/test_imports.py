@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
-    "evaluate": {"config", "distill", "adapters", "progress"},
+    "evaluate": {"config", "distill", "adapters", "llamacpp", "progress"},
     "train": {
         "config",
         "adapters",
@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "processes",
     },
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
-    "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
+    "guard": {"config", "grid", "base", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
     "plan": {"config", "grid", "base", "distill"},
     "preflight": {"config", "base", "benchmark", "llamacpp", "memory", "plan"},
@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "quiet",
     },
     "inspection": {"grid", "base"},
+    "validation": {"config", "grid", "base", "data", "llamacpp", "evaluate", "export", "guard"},
     "fidelity": {
         "config",
         "model_spec",

@@ -20,7 +20,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 SETTINGS = [
     "recipe=chat_sft", "base=local", "data=jsonl", "data.max_length_tokens=128",
     "data.eval_tokens=64", "data.num_prompts=1", "train.device=cpu", "train.max_steps=4",
-    "train.rows_per_step=4", "train.save_steps=2",
+    "train.rows_per_step=4", "train.micro_batch_rows=2", "train.save_steps=2",
     "train.learning_rate=2e-2", "evaluate.sample_max_new_tokens=4",
     f"stages=[{','.join(STAGES[: STAGES.index('save_adapter') + 1])},report]",
 ]  # fmt: skip
