@@ -10,6 +10,8 @@ from pathlib import Path
 from qatlora.errors import RunFolderError
 
 _LOCK = ".lock"
+_PARTS = (".*.partial", ".*.removed", ".candidate")
+"""What `qatlora.files` and the export write before they rename it."""
 
 
 @contextlib.contextmanager
@@ -40,9 +42,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(run_dir: Path) -> None:
-    """Hidden entries are parts that a killed run had not yet renamed."""
-    for path in run_dir.glob(".*"):
+    """Remove parts that a killed run had not yet renamed; hidden files of others stay."""
+    for path in (one for pattern in _PARTS for one in run_dir.glob(pattern)):
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _LOCK:
+        else:
             path.unlink()

@@ -37,10 +37,11 @@ def test_a_folder_in_use_is_refused_by_the_holders_process_id_until_that_dies(
         pass
 
 
-def test_hidden_parts_of_a_killed_run_are_removed_and_final_files_are_not(tmp_path: Path) -> None:
+def test_parts_of_a_killed_run_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / ".candidate").mkdir()
     (tmp_path / ".candidate" / "half.gguf").write_bytes(b"GG")
     (tmp_path / ".report.json.123.partial").write_text("{")
     (tmp_path / "report.json").write_text("{}")
+    (tmp_path / ".git").mkdir()
     with claimed(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "report.json"]
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "report.json", ".git"}

@@ -29,10 +29,10 @@ def begin(run_dir: Path, *, resume: bool) -> Path | None:
     Returns:
         The checkpoint to go on from; None where there is none.
     """
-    folder = run_dir / CHECKPOINTS
     last = last_checkpoint(run_dir) if resume else None
-    for path in folder.glob(".*" if last else "*"):
-        shutil.rmtree(path)
+    for pattern in (".partial", ".checkpoint-*", *([] if last else ["checkpoint-*"])):
+        for path in (run_dir / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(path)
     return last
 
 

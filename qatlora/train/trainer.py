@@ -147,7 +147,7 @@ class GridTrainer(SFTTrainer):
             settings=self.objective.settings,
         )
         self._micro_batch += 1
-        self._require_finite("loss", loss.total)
+        self._require_finite(f"loss of micro-batch {self._micro_batch}", loss.total)
         self._remember(loss.token_ce, loss.token_kl, token_ce, token_kl, general)
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
@@ -183,23 +183,23 @@ class GridTrainer(SFTTrainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
         norm: Tensor = super()._clip_grad_norm(model)
-        self._require_finite("gradient", norm)
+        self._require_finite("norm of the gradient", norm)
         return norm
 
     def _require_finite(self, name: str, value: Tensor) -> None:
         """Stop before a step is taken, so that no checkpoint holds what it would leave.
 
         Raises:
-            TrainError: with the step, the micro-batch and the last checkpoint.
+            TrainError: with the step and the last checkpoint.
         """
         if bool(value.isfinite()):
             return
         last = checkpoints.last_checkpoint(Path(self.args.output_dir).parent)
         raise TrainError(
-            f"The {name} of step {self.state.global_step + 1}, micro-batch {self._micro_batch}, is "
-            f"{value.item()}, and only a finite one can be learned from. The last checkpoint is "
-            f"{last or 'not yet written'}; resumed, it would meet the same step. Lower "
-            "train.learning_rate and start anew in another run_dir, or look at the step's data."
+            f"Step {self.state.global_step + 1}: the {name} is {value.item()}, and only a finite "
+            f"one can be learned from. The last checkpoint: {last or 'none'}; a resumed "
+            "run would meet the same step. Lower train.learning_rate and start anew in another "
+            "run_dir, or look at the step's data."
         )
 
     def store_flos(self) -> None:
