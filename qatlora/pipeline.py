@@ -4,7 +4,8 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report. Those stages are in `qatlora.stages`.
+and benchmark are one stage between preflight and report, teacher_cache one after load_data. Those
+stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -28,8 +29,7 @@ from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.source import find_source
-from qatlora.base.teacher import load_teacher, require_bf16_values
-from qatlora.config import Effect, RootConfig, TeacherKind, Trained
+from qatlora.config import Effect, RootConfig, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
 from qatlora.errors import AdapterError
@@ -51,6 +51,14 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
+from qatlora.stages.teacher import (
+    batch_teacher,
+    check_teacher,
+    keep_teacher_states,
+    load_teacher,
+    open_cache,
+)
+from qatlora.stages.teacher_cache import check_teacher_cache, teacher_cache
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -90,14 +98,15 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_base"} & set(cfg.stages):
+    if {"build", "load_data", "load_base"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
-    if "load_base" in cfg.stages:
+    if {"load_base", "teacher_cache"} & set(cfg.stages):
         require_storage(state.source, cfg.storage.kind.name)
-        if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
-            require_bf16_values(state.source)
+        check_teacher(state)
+    if "teacher_cache" in cfg.stages:
+        check_teacher_cache(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -112,6 +121,7 @@ def _load_data(state: Run) -> None:
         compute_dtype=dtype_of(cfg.evaluate.logits_precision),
     )
     state.evaluation = Evaluation(state.batches.texts, settings)
+    open_cache(state)
 
 
 def _load_base(state: Run) -> None:
@@ -121,8 +131,7 @@ def _load_base(state: Run) -> None:
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
     deploy_embeddings(state.base.model, cfg.export.other_type.name)
-    if cfg.teacher.kind is TeacherKind.bf16:
-        state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
+    load_teacher(state)
 
 
 def _attach(state: Run) -> None:
@@ -137,10 +146,8 @@ def _attach(state: Run) -> None:
 
 
 def _evaluate_base(state: Run) -> None:
-    adapted, evaluation = state.adapted, state.evaluation
-    if state.teacher is not None:
-        with state.bar("evaluate teacher", evaluation.num_tokens, "tokens") as advance:
-            evaluation.teacher = evaluation.states_of(state.teacher, advance)
+    adapted = state.adapted
+    keep_teacher_states(state)
     with adapted.as_base(), adapted.held_weights(state.dtype):
         _measure(state, "base", adapted.model)
         _answer(state, "base")
@@ -152,7 +159,7 @@ def _train(state: Run) -> None:
         state.train = train(
             state.adapted,
             state.batches.train,
-            build_objective(cfg.teacher, state.teacher, state.dtype),
+            build_objective(cfg.teacher, batch_teacher(state), state.dtype),
             cfg.train,
             cfg.logging,
             run_dir=state.run_dir,
@@ -245,6 +252,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "inspect": inspect,
     "build": build,
     "load_data": _load_data,
+    "teacher_cache": teacher_cache,
     "load_base": _load_base,
     "attach": _attach,
     "evaluate_base": _evaluate_base,

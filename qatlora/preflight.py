@@ -19,6 +19,7 @@ from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
 from qatlora.config import BenchmarkSuite, RootConfig, Storage, Trained
 from qatlora.distill import LossSettings
+from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 
@@ -37,6 +38,7 @@ _REPORT_BYTES = 1e7
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
 # Of a trained weight: itself, its gradient and two moments; all but the gradient go to disk.
 _LATENT_BYTES, _CHECKPOINT_BYTES = 4 * _FP32_BYTES, 3 * _FP32_BYTES
+_CACHE_CHUNKS = 4  # logits of a chunk of tokens, float32: a teacher's, a student's, two to work in
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
@@ -55,6 +57,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
     if "build" in cfg.stages:
         return _estimate_build(cfg, layout)
+    if "teacher_cache" in cfg.stages:
+        return _estimate_cache(cfg, source, layout, device)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
@@ -76,6 +80,20 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * _BF16_BYTES
     flops = _flops(cfg, layout, hidden * vocab)
+    return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
+    """The teacher alone, then the base; a teacher of another size is counted as the base."""
+    text = source.config.get("text_config", source.config)
+    head = int(text["hidden_size"]) * source.vocab_size
+    tokens = cfg.train.max_steps * cfg.train.rows_per_step * cfg.data.max_length_tokens
+    teacher = layout.num_parameters * _BF16_BYTES
+    chunk = LossSettings().chunk_tokens * source.vocab_size * _FP32_BYTES
+    memory = _IMPORTED_LIBRARIES_BYTES + teacher + _CACHE_CHUNKS * chunk
+    disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
+    disk += head * _BF16_BYTES + 2 * cfg.data.eval_tokens * int(text["hidden_size"]) * _BF16_BYTES
+    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 

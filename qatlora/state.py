@@ -18,6 +18,7 @@ from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches
+from qatlora.distill import TeacherCache
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.llamacpp.source import llama_cpp_version
@@ -38,6 +39,7 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_cache import CacheResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -60,9 +62,11 @@ class Run:
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
+    cache_result: CacheResult | None = None
     built_base: BaseResult | None = None  # the base that a built folder is
     base: LoadedBase | None = None
-    teacher: PreTrainedModel | None = None
+    teacher: PreTrainedModel | None = None  # a model besides the student's
+    cache: TeacherCache | None = None  # the teacher on disk
     adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
@@ -104,6 +108,7 @@ def report_of(state: Run) -> RunReport:
         recipe=state.cfg.card.name,
         base=_base_result(state),
         build=state.build,
+        teacher_cache=state.cache_result,
         adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
         latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,

@@ -1,5 +1,8 @@
 """What the data room hands on: token rows, held-out texts and the batches of a whole run."""
 
+import hashlib
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +31,18 @@ class Row:
     def num_scored_tokens(self) -> int:
         """Labels that a causal model can be scored on: position 0 has nothing before it."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def key(self) -> bytes:
+        """Digest of tokens and labels, 16 bytes: what a teacher cache finds a row by."""
+        content = array("i", self.input_ids).tobytes() + array("i", self.labels).tobytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def text_key(rows: Iterable[Row]) -> str:
+    """Hex digest of a text: its rows in order."""
+    keys = b"".join(row.key for row in rows)
+    return hashlib.blake2b(keys, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qatlora.report.benchmark_text import benchmark_cells
+from qatlora.report.cache_text import CACHE_HEADER, cache_rows
 from qatlora.report.escape import visible
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
@@ -27,6 +28,9 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_inspect_table(report.inspect))
     if report.benchmark:
         parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
+    if report.teacher_cache:
+        rows = cache_rows(report.teacher_cache)
+        parts.append(_plain_table("held-out text", CACHE_HEADER, rows))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)

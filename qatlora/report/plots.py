@@ -30,6 +30,7 @@ from qatlora.report.benchmark_plot import (
     forgetting_figure,
     speed_figure,
 )
+from qatlora.report.cache_plot import CACHE_PLOT, cache_figure
 from qatlora.report.changes import KindChange, changes_by_kind
 from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
@@ -64,6 +65,7 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         INSPECT_PLOT: inspect_figure(report.inspect),
         SPEED_PLOT: speed_figure(report.benchmark),
         FORGETTING_PLOT: forgetting_figure(report.benchmark),
+        CACHE_PLOT: cache_figure(report.teacher_cache),
     }
     for name, figure in figures.items():
         if figure is None:

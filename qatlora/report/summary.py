@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qatlora.report.cache_text import cache_facts
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
 from qatlora.report.results import BaseResult, RunReport, TextResult
@@ -31,6 +32,8 @@ def verdict(report: RunReport) -> Verdict:
         return Verdict(headline(report.inspect), good, advice(report.inspect))
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
+    if report.teacher_cache is not None:
+        return Verdict("Teacher cache written.", None, [])
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -52,6 +55,8 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     if report.build:
         lines += _build_facts(report.build, report.base)
+    if report.teacher_cache:
+        lines += cache_facts(report.teacher_cache)
     if report.export:
         size = format_bytes(report.export.bytes)
         types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())

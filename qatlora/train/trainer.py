@@ -1,5 +1,7 @@
 """The TRL trainer with qatlora's loss: hidden states in, weighted cross-entropy and KL out.
 
+KL stands for the divergence that the settings name.
+
 Every optimizer step normalizes each of its three terms by the number of tokens that carry it in the
 whole step, over all micro-batches and processes, so the loss does not depend on how a batch is cut:
 
@@ -17,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from qatlora.data.rows import Row
-from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chunked_loss
+from qatlora.distill import Divergence, LmHead, LossSettings, Teacher, chunked_loss
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
+from qatlora.train.teachers import BatchTeacher
 
 _TERMS = ("ce", "kl", "general_kl")
 _PARAMETERS = "trainable.safetensors"
@@ -37,18 +39,18 @@ class Objective:
     Attributes:
         weights: ce, kl and general_kl, in the order of the module's formula.
         divergence: which divergence, and its temperature.
-        teacher: a frozen model, or None where no KL is asked for.
+        teacher: gives a micro-batch's probabilities; None where no KL is asked for.
         settings: chunk size and compute dtype.
     """
 
     weights: tuple[float, float, float]
     divergence: Divergence
-    teacher: PreTrainedModel | None
+    teacher: BatchTeacher | None
     settings: LossSettings
 
 
 class RowCollator:
-    """Pad rows to the right: input_ids, attention_mask, labels, is_general [rows]."""
+    """Pad rows to the right: input_ids, attention_mask, labels; is_general [rows], keys."""
 
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
@@ -62,12 +64,18 @@ class RowCollator:
             "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
             "is_general": torch.tensor([row["source"] == "general" for row in rows]),
+            "keys": torch.tensor([list(bytes.fromhex(row["key"])) for row in rows]),
         }
 
 
 def training_record(row: Row) -> dict[str, Any]:
     """A row as the columns that `RowCollator` reads."""
-    return {"input_ids": row.input_ids, "labels": row.labels, "source": row.source}
+    return {
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "source": row.source,
+        "key": row.key.hex(),
+    }
 
 
 class GridTrainer(SFTTrainer):
@@ -118,7 +126,7 @@ class GridTrainer(SFTTrainer):
             hidden,
             self._head,
             labels,
-            teacher=self._teacher_states(ids, mask, token_kl),
+            teacher=self._teacher_of(inputs, token_kl),
             divergence=self.objective.divergence,
             token_ce_weight=token_ce,
             token_kl_weight=token_kl,
@@ -128,13 +136,11 @@ class GridTrainer(SFTTrainer):
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
 
-    def _teacher_states(self, ids: Tensor, mask: Tensor, weight: Tensor) -> TeacherStates | None:
+    def _teacher_of(self, inputs: dict[str, Tensor], weight: Tensor) -> Teacher | None:
         teacher = self.objective.teacher
         if teacher is None or not bool((weight > 0).any()):
             return None
-        with torch.no_grad():
-            hidden = final_hidden_states(teacher, ids, mask)[:, :-1].flatten(0, 1)
-        return TeacherStates(hidden, LmHead.of(teacher))
+        return teacher(inputs, weight > 0)
 
     def _remember(
         self, ce: Tensor, kl: Tensor, w_ce: Tensor, w_kl: Tensor, general: Tensor
