@@ -245,8 +245,8 @@ def _check_teacher(cfg: RootConfig) -> None:
         )
     if teacher.kind is TeacherKind.cache and teacher.path is None:
         raise ConfigError(
-            "teacher=cache without teacher.path: give teacher.path=FOLDER that recipe=teacher_cache "
-            "has written."
+            "teacher=cache without teacher.path: it is read from a folder that "
+            "recipe=teacher_cache has written. Give teacher.path=FOLDER."
         )
     if teacher.kind is TeacherKind.self:
         _check_self_teacher(cfg)

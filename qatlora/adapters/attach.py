@@ -33,10 +33,10 @@ class AdaptedModel(GridModel):
 
     @contextlib.contextmanager
     def as_checkpoint(self) -> Iterator[None]:
-        """Within this context, without gradients, adapters and grid are off: the base's own weights.
+        """Within this context, without gradients, adapters and grid are off.
 
-        Nothing is copied. Of a base stored as bf16 these are the checkpoint's weights; of a packed
-        one they are its blocks, which on a grid is the same. Embeddings stay as deployed.
+        Nothing is copied. A base stored as bf16 multiplies by the checkpoint's weights; a packed
+        one by its blocks, which on a grid is the same. Embeddings stay as deployed.
         """
         held = [(layer, layer.held_weight) for _, layer in self.layers()]
         try:

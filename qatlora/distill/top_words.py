@@ -10,8 +10,9 @@ gradient, exactly that of the two distributions with the other words merged into
 Merging words never raises a divergence; what is lost is p_rest KL(p_others || q_others), with both
 normalized over the other words. `divergence_by_top_k` measures it.
 
-float16 holds a log-probability of -1 to 2^-11 and one of -10 to 2^-8; as an error of p it is largest
-at p = 1/e, below 2e-4. Normalized again when they are read, the k + 1 numbers sum to 1.
+float16 holds a log-probability of -1 to 2^-11 and one of -10 to 2^-8; as an error of p this stays
+below 2.5e-4 and matters little where p is small. Normalized again when they are read, the k + 1
+numbers sum to 1.
 
 Shapes: T tokens, C of a chunk, R rows of a block, H hidden size, V words, k words kept.
 """

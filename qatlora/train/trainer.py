@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from trl import SFTTrainer
 
@@ -113,7 +114,7 @@ class GridTrainer(SFTTrainer):
         assert num_items_in_batch is not None
         assert not return_outputs
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        hidden = final_hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
+        hidden = _hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
         labels = inputs["labels"][:, 1:].flatten()
         general = inputs["is_general"].unsqueeze(1).expand_as(inputs["labels"][:, 1:]).flatten()
         scored = labels != IGNORED_LABEL
@@ -152,9 +153,11 @@ class GridTrainer(SFTTrainer):
             self._counts[term] += mask.sum().cpu()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the three terms since the last line of the log."""
+        """Add the means of the three terms, over all processes, since the last line of the log."""
         if "loss" in logs:
-            for name, total, count in zip(_TERMS, self._sums, self._counts, strict=True):
+            both = torch.stack([self._sums, self._counts]).to(self.accelerator.device)
+            sums, counts = self.accelerator.reduce(both, "sum").cpu()
+            for name, total, count in zip(_TERMS, sums, counts, strict=True):
                 if count:
                     logs[name] = (total / count).item()
             self._sums.zero_()
@@ -192,6 +195,24 @@ class GridTrainer(SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none: SFTTrainer would put one into every checkpoint, and that is no result."""
+
+
+def _hidden_states(model: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Final hidden states [N, L, H]; of several processes, through the wrapper's own forward.
+
+    DistributedDataParallel averages gradients only where its forward has run.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return final_hidden_states(model, ids, mask)
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        use_cache=False,
+        output_hidden_states=True,
+        logits_to_keep=1,
+    )
+    hidden: Tensor = output.hidden_states[-1]
+    return hidden
 
 
 def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
