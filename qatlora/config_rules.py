@@ -245,7 +245,7 @@ def _check_teacher(cfg: RootConfig) -> None:
         )
     if teacher.kind is TeacherKind.cache and teacher.path is None:
         raise ConfigError(
-            "teacher=cache without teacher.path: it is read from a folder that "
+            "teacher.kind=cache without teacher.path: a cache is read from a folder that "
             "recipe=teacher_cache has written. Give teacher.path=FOLDER."
         )
     if teacher.kind is TeacherKind.self:
@@ -255,18 +255,18 @@ def _check_teacher(cfg: RootConfig) -> None:
 def _check_self_teacher(cfg: RootConfig) -> None:
     if cfg.teacher.path is not None:
         raise ConfigError(
-            f"teacher.path={cfg.teacher.path} with teacher=self: the teacher is the base itself. "
-            "Leave teacher.path out, or use teacher=bf16."
+            f"teacher.path={cfg.teacher.path} with teacher.kind=self: the teacher is the base "
+            "itself. Leave teacher.path out, or use teacher=bf16."
         )
     if cfg.storage.kind is Storage.nf4:
         raise ConfigError(
-            "teacher=self with storage=nf4: NF4 has rounded the checkpoint's weights, so the base "
-            "in memory is no bf16 teacher. Use storage=bf16, storage=q4_0 with a base on the grid, "
-            "or teacher=bf16 or cache."
+            "teacher.kind=self with storage=nf4: NF4 has rounded the checkpoint's weights, so the "
+            "base in memory is no bf16 teacher. Use storage=bf16, storage=q4_0 with a base on the "
+            "grid, or teacher=bf16 or cache."
         )
     if cfg.distill.train is Trained.weights:
         raise ConfigError(
-            "teacher=self with distill.train=weights: the checkpoint's weights are what is "
+            "teacher.kind=self with distill.train=weights: the checkpoint's weights are what is "
             "trained, so nothing of the teacher would stay. Use teacher=bf16 or cache."
         )
 

@@ -31,6 +31,7 @@ from qatlora.distill.teachers import TeacherStates
 from qatlora.errors import ConfigError
 
 _CHUNK_TOKENS = 128
+_COMPARED_TOKENS = 32  # a dozen arrays [C, V] at once
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def divergence_by_top_k(
     temperature = divergence.temperature
     with torch.no_grad(), torch.autocast(teacher.head.weight.device.type, enabled=False):
         parts = zip(
-            student.hidden.split(_CHUNK_TOKENS), teacher.hidden.split(_CHUNK_TOKENS), strict=True
+            student.hidden.split(_COMPARED_TOKENS),
+            teacher.hidden.split(_COMPARED_TOKENS),
+            strict=True,
         )
         for student_hidden, teacher_hidden in parts:
             student_hidden = student_hidden.to(student.head.weight.device)

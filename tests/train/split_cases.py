@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from loaded_cases import adapted_model
-from sample_text import sentences
 from safetensors.torch import load_file
+from sample_text import sentences
 
 from qatlora.adapters.attach import AdaptedModel
 from qatlora.base.load import load_plain
