@@ -208,9 +208,11 @@ def test_a_base_is_its_own_teacher_only_where_its_weights_stay(valid, tmp_path):
         validate(change(own, "distill.train", Trained.weights))
 
 
-def test_only_a_bf16_teacher_writes_a_cache():
+def test_only_a_bf16_teacher_writes_a_cache_for_any_recipe():
     root = to_dataclasses(compose("recipe=teacher_cache"))
     validate(root)
+    other = compose("recipe=qat_distill", "stages=[preflight,load_data,teacher_cache,report]")
+    validate(to_dataclasses(other))
     with pytest.raises(ConfigError, match=r"Use teacher=bf16"):
         validate(change(root, "teacher.kind", TeacherKind.self))
 

@@ -1,8 +1,9 @@
 """Losses over a frozen output head, and the teachers they follow."""
 
+from qatlora.config import DivergenceKind
 from qatlora.distill.cache import CacheWriter, TeacherCache
 from qatlora.distill.cache_index import CacheKey
-from qatlora.distill.divergence import Divergence, DivergenceKind
+from qatlora.distill.divergence import Divergence
 from qatlora.distill.head import LmHead
 from qatlora.distill.losses import ChunkedLoss, LossSettings, chunked_loss
 from qatlora.distill.teachers import Teacher, TeacherReader, TeacherStates

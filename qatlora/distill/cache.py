@@ -41,11 +41,11 @@ _SHARD_TOKENS = 32_768  # what a killed build loses at most: a minute or so of a
 
 
 class _Place(NamedTuple):
-    """Where a row lies: its tokens are first .. first + count of a file."""
+    """Where a row lies: its tokens are first .. stop of a file."""
 
     path: Path
     first: int
-    count: int
+    stop: int
 
 
 class TeacherCache:
@@ -68,7 +68,7 @@ class TeacherCache:
             keys, counts = opened.get_tensor("keys"), opened.get_tensor("counts")
         first = 0
         for key, count in zip(keys, counts.tolist(), strict=True):
-            self._places[bytes(key.tolist())] = _Place(path, first, count)
+            self._places[bytes(key.tolist())] = _Place(path, first, first + count)
             first += count
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
@@ -77,7 +77,7 @@ class TeacherCache:
 
     def num_tokens(self, keys: Iterable[bytes]) -> int:
         """Scored tokens of rows that it holds."""
-        return sum(self._places[key].count for key in keys)
+        return sum(self._places[key].stop - self._places[key].first for key in keys)
 
     def row(self, key: bytes) -> TopWords:
         """The scored tokens of one row, in order.
@@ -90,8 +90,8 @@ class TeacherCache:
                 f"{self.folder} has no row with the digest {key.hex()}, which this step trains on. "
                 "Add it: run recipe=teacher_cache with the settings of this run."
             )
-        path, first, count = self._places[key]
-        part, made = slice(first, first + count), self.index.key
+        path, first, stop = self._places[key]
+        part, made = slice(first, stop), self.index.key
         with _opened(path) as opened:
             words = opened.get_slice("words_low")[part].int()
             if "words_high" in opened.keys():  # noqa: SIM118 - safe_open is no mapping

@@ -75,8 +75,6 @@ class ChunkedLoss:
     kl_count: int
     token_ce: Tensor
     token_kl: Tensor
-    token_ce: Tensor
-    token_kl: Tensor
 
 
 def chunked_loss(

@@ -106,7 +106,7 @@ def top_words(hidden: Tensor, head: LmHead, top_k: int, temperature: float) -> T
     """
     words, log_probs, rest = [], [], []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for chunk in hidden.split(_CHUNK_TOKENS):
+        for chunk in torch.split(hidden, _CHUNK_TOKENS):
             logits = head.logits(chunk)
             for rows in row_blocks(logits):
                 log_p = torch.log_softmax(logits[rows] / temperature, dim=1)
@@ -153,8 +153,8 @@ def divergence_by_top_k(
     temperature = divergence.temperature
     with torch.no_grad(), torch.autocast(teacher.head.weight.device.type, enabled=False):
         parts = zip(
-            student.hidden.split(_COMPARED_TOKENS),
-            teacher.hidden.split(_COMPARED_TOKENS),
+            torch.split(student.hidden, _COMPARED_TOKENS),
+            torch.split(teacher.hidden, _COMPARED_TOKENS),
             strict=True,
         )
         for student_hidden, teacher_hidden in parts:
