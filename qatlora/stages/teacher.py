@@ -85,19 +85,26 @@ def open_cache(state: Run) -> None:
     missing = cache.missing(row.key for row in rows)
     texts = [t.name for t in state.batches.texts if text_key(t.rows) not in cache.index.texts]
     if missing or texts:
-        parts = [f"{len(missing)} of the {len(rows)} rows to train"] if missing else []
-        parts += [f"the held-out text {name!r}" for name in texts]
-        made_for, here = cache.index.made_for, course_settings(cfg)
-        differing = [f"{key}={made_for.get(key)!r} there, {value!r} here"
-                     for key, value in here.items() if made_for.get(key) != value]  # fmt: skip
-        why = f"It was last written for other settings: {'; '.join(differing)}. "
+        lacking = [f"{len(missing)} of the {len(rows)} rows to train"] if missing else []
+        lacking += [f"the held-out text {name!r}" for name in texts]
         raise CacheError(
-            f"The teacher cache in {cache.folder} lacks {' and '.join(parts)}. "
-            f"{why if differing else 'Its writing was cut off, or the data have changed. '}"
-            "Add what is missing: run recipe=teacher_cache with the settings of this run and "
+            f"The teacher cache in {cache.folder} lacks {' and '.join(lacking)}. "
+            f"{_why_lacking(cache.index.made_for, course_settings(cfg))} Add what is missing: run "
+            "recipe=teacher_cache with the settings of this run and "
             f"teacher.cache_path={cache.folder}."
         )
     state.cache = cache
+
+
+def _why_lacking(made_for: dict[str, Any], here: dict[str, Any]) -> str:
+    differing = [
+        f"{key}={made_for.get(key)!r} there, {value!r} here"
+        for key, value in here.items()
+        if made_for.get(key) != value
+    ]
+    if differing:
+        return f"It was last written for other settings: {'; '.join(differing)}."
+    return "Its writing was cut off, or the data have changed."
 
 
 def load_teacher(state: Run) -> None:
