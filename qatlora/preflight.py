@@ -84,13 +84,13 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
 
 
 def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
-    """The teacher alone, then the base; a teacher of another size is counted as the base."""
+    """The teacher alone, then the base and the head kept; any teacher is counted as the base."""
     text = source.config.get("text_config", source.config)
     head = int(text["hidden_size"]) * source.vocab_size
     tokens = cfg.train.max_steps * cfg.train.rows_per_step * cfg.data.max_length_tokens
     teacher = layout.num_parameters * _BF16_BYTES
     chunk = LossSettings().chunk_tokens * source.vocab_size * _FP32_BYTES
-    memory = _IMPORTED_LIBRARIES_BYTES + teacher + _CACHE_CHUNKS * chunk
+    memory = _IMPORTED_LIBRARIES_BYTES + teacher + head * _BF16_BYTES + _CACHE_CHUNKS * chunk
     disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
     disk += head * _BF16_BYTES + 2 * cfg.data.eval_tokens * int(text["hidden_size"]) * _BF16_BYTES
     flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
