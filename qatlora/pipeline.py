@@ -39,6 +39,7 @@ from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
+from qatlora.grid.fused import compiles_on
 from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
@@ -88,6 +89,7 @@ def _preflight(state: Run) -> None:
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
+    compiles_on(state.device)  # refuses an unknown choice
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
     preflight.require(needs, state.run_dir)
     if "save_base" in cfg.stages:

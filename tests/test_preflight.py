@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatlora import preflight
+from qatlora import pipeline, preflight
 from qatlora.base.layout import find_layout
 from qatlora.base.source import find_source
 from qatlora.config import RootConfig, Storage, Trained
 from qatlora.distill.cache import bytes_per_token
+from qatlora.errors import ConfigError
 
 
 def test_trained_weights_count_with_gradient_moments_and_checkpoints(
@@ -56,3 +57,13 @@ def test_a_cache_counts_its_tokens_its_head_and_the_teacher_alone(tiny_llama_fol
     assert longer.disk_bytes - needs.disk_bytes == added
     assert needs.disk_bytes - added == 2 * 64 * (384 + 2)
     assert longer.memory_bytes == needs.memory_bytes
+
+
+def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RootConfig(stages=["preflight"], run_dir=str(tmp_path))
+    cfg.base.path, cfg.train.device = str(tiny_llama_folder), "cpu"
+    monkeypatch.setenv("QATLORA_COMPILE", "maybe")
+    with pytest.raises(ConfigError, match="QATLORA_COMPILE is 'maybe'"):
+        pipeline.run(cfg)

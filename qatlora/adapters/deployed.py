@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from qatlora.base.linear import GridLinear
-from qatlora.base.stores import reciprocal
+from qatlora.base.stores import LatentReader, reciprocal
 from qatlora.grid import (
     BLOCK_SIZE,
     Dither,
     Q4Blocks,
+    add_dither_,
     decode,
     encode_reference,
+    fused,
     nearest_levels_,
 )
 
@@ -141,18 +143,47 @@ def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
 
 def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
     """Frozen steps: round the base's latents plus dither plus the delta measured in steps."""
-    store = base.store
-    dithered = rule.dither == "always" or (rule.dither == "auto" and store.on_grid)
-    noise = Dither(rule.seed, base.tensor_name)
-    product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps).unsqueeze(-1)
-    levels = torch.empty(len(up), down.shape[-1], dtype=torch.int8, device=up.device)
-    for rows, latents in store.latent_tiles():
-        delta = product.of_rows(rows).unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step[rows])
-        moved = latents.add_(delta.flatten(-2))
-        if dithered:
-            noise.add_to(moved, rows.start)
-        levels[rows] = nearest_levels_(moved)
+    store, num_rows, width = base.store, len(up), down.shape[-1]
+    product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps)
+    by_row = by_column = None
+    if rule.dither == "always" or (rule.dither == "auto" and store.on_grid):
+        noise = Dither(rule.seed, base.tensor_name)
+        by_row, by_column = noise.ramps(slice(0, num_rows), width, up.device)
+    levels = torch.empty(num_rows, width, dtype=torch.int8, device=up.device)
+    for rows, stored in store.stored_tiles():
+        parts = (store.steps[rows], product.of_rows(rows), per_step[rows])
+        ramp = None if by_row is None else by_row[rows]
+        _fill_moved(levels[rows], store.read, stored, *parts, ramp, by_column)
     return Q4Blocks(store.steps, levels)
+
+
+def _deltas_near_ties(
+    read: LatentReader, stored: Tensor, steps: Tensor, delta: Tensor, *others: Tensor | None
+) -> tuple[object, ...]:
+    """Deltas of some steps, every second one a multiple of half a step."""
+    in_steps = 8 * torch.randn_like(delta)
+    in_steps[:, ::2] = in_steps[:, ::2].mul_(2).round_().div_(2)
+    wide_steps = steps.double().repeat_interleave(BLOCK_SIZE, dim=-1)
+    return read, stored, steps, in_steps * wide_steps, *others
+
+
+@fused(trial=_deltas_near_ties)
+def _fill_moved(
+    out: Tensor,
+    read: LatentReader,
+    stored: Tensor,
+    steps: Tensor,
+    delta: Tensor,
+    per_step: Tensor,
+    by_row: Tensor | None,
+    by_column: Tensor | None,
+) -> None:
+    """Levels of some rows from what is stored of them, delta float64 and the dither's ramps."""
+    in_steps = delta.float().unflatten(-1, (-1, BLOCK_SIZE)).mul_(per_step.unsqueeze(-1))
+    moved = read(stored, steps).float().add_(in_steps.flatten(-2))
+    if by_row is not None and by_column is not None:
+        add_dither_(moved, by_row, by_column)
+    out.copy_(nearest_levels_(moved))
 
 
 def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor) -> Q4Blocks:
@@ -161,7 +192,7 @@ def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: 
     for rows, latents in base.store.latent_tiles():
         wide_steps = base.store.steps[rows].float().unsqueeze(-1)
         weight = latents.unflatten(-1, (-1, BLOCK_SIZE)).mul_(wide_steps).flatten(-2)
-        tiles.append(encode_reference(weight.add_(product.of_rows(rows))))
+        tiles.append(encode_reference(weight.add_(product.of_rows(rows).float())))
     return Q4Blocks(
         torch.cat([tile.steps for tile in tiles]), torch.cat([tile.levels for tile in tiles])
     )
@@ -177,7 +208,21 @@ def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
 
 def changed_steps(steps: Tensor, change: Tensor) -> Tensor:
     """fp16(step * (1 + change)); steps float16, change float32, both [out, in / 32]."""
-    return (steps.float() * (1.0 + change)).clamp_(-_FP16_MAX, _FP16_MAX).half()
+    changed = torch.empty_like(steps)
+    _fill_changed(changed, steps, change)
+    return changed
+
+
+def _changes_of_all_sizes(steps: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Random bit patterns as steps, so that zero, subnormal and huge ones are among them."""
+    patterns = torch.empty_like(steps, dtype=torch.int16).random_(-(2**15), 2**15)
+    sizes = torch.empty_like(change).random_(-24, 24).exp2_()
+    return patterns.view(torch.float16).nan_to_num_(0.0), torch.randn_like(change).mul_(sizes)
+
+
+@fused(trial=_changes_of_all_sizes)
+def _fill_changed(out: Tensor, steps: Tensor, change: Tensor) -> None:
+    out.copy_((steps.float() * (1.0 + change)).clamp_(-_FP16_MAX, _FP16_MAX))
 
 
 class LowRank:
@@ -194,15 +239,15 @@ class LowRank:
             self._up, self._scale = self._up * scale, 1.0
 
     def of_rows(self, rows: slice) -> Tensor:
-        """The product's rows, float32 [rows, width]; autocast must be off."""
+        """The product's rows, float64 [rows, width], to be rounded; autocast must be off."""
         product = self._up[rows] @ self._down
-        return (product if self._scale == 1 else product.mul_(self._scale)).float()
+        return product if self._scale == 1 else product.mul_(self._scale)
 
 
 def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
     """The whole of a `LowRank` product, float32 [out, width]."""
     with torch.autocast(up.device.type, enabled=False):
-        return LowRank(up, down, scale).of_rows(slice(None))
+        return LowRank(up, down, scale).of_rows(slice(None)).float()
 
 
 def deployed_dense(layer: "GridLinear | GridAdapter | LatentLinear", dtype: torch.dtype) -> Tensor:

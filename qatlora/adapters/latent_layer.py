@@ -9,7 +9,7 @@ from qatlora.adapters.deployed import LatentRule
 from qatlora.adapters.layer import compute_dtype
 from qatlora.base.linear import GridLinear
 from qatlora.base.stores import Q4Store
-from qatlora.grid import Q4Blocks, encode_reference, settle
+from qatlora.grid import Q4Blocks, eager_in_user_graphs, encode_reference, settle
 
 
 class LatentLinear(nn.Module):
@@ -59,6 +59,7 @@ class LatentLinear(nn.Module):
         """The layer before training; its blocks are settled as those after it will be."""
         return self._start
 
+    @eager_in_user_graphs
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] through the deployed weight, in autocast's dtype."""
         dtype = compute_dtype(x)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from qatlora.adapters.autograd import DeployedLinear
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.base.linear import GridLinear
-from qatlora.grid import BLOCK_SIZE
+from qatlora.grid import BLOCK_SIZE, eager_in_user_graphs
 
 
 class GridAdapter(nn.Module, LoraLayer):
@@ -77,6 +77,7 @@ class GridAdapter(nn.Module, LoraLayer):
         active = self.active_adapters[0]
         return modules[active].weight if active in modules else None
 
+    @eager_in_user_graphs
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] through the deployed weight, in autocast's dtype."""
         dtype = compute_dtype(x)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qatlora.base.stores import Store
-from qatlora.grid import Q4Blocks, decode, nearest_levels_
+from qatlora.grid import Q4Blocks, decode, eager_in_user_graphs
 
 
 class GridLinear(nn.Module):
@@ -33,13 +33,9 @@ class GridLinear(nn.Module):
 
     def base_blocks(self) -> Q4Blocks:
         """The base's own blocks: its steps, and each latent rounded to the nearest level."""
-        levels = torch.empty(
-            self.out_features, self.in_features, dtype=torch.int8, device=self.store.steps.device
-        )
-        for rows, latents in self.store.latent_tiles():
-            levels[rows] = latents if self.store.on_grid else nearest_levels_(latents)
-        return Q4Blocks(self.store.steps, levels)
+        return Q4Blocks(self.store.steps, self.store.levels())
 
+    @eager_in_user_graphs
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] through the base's blocks, in the dtype of `x`."""
         weight = self.held_weight

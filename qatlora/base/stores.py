@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qatlora.grid import (
     BLOCK_SIZE,
     Q4Blocks,
+    fused,
     latents,
     nearest_levels_,
     pack,
@@ -28,7 +29,8 @@ from qatlora.grid import (
 _TILE_WEIGHTS = {"cpu": 1 << 18}
 _TILE_WEIGHTS_ELSEWHERE = 1 << 22
 
-RowReader = Callable[[slice], Tensor]
+LatentReader = Callable[[Tensor, Tensor], Tensor]
+"""From stored rows and their steps to latent levels [rows, in] in a new tensor: int8 or float32."""
 
 
 class Store(nn.Module, ABC):
@@ -49,27 +51,44 @@ class Store(nn.Module, ABC):
         self.register_buffer("zero_blocks", torch.nonzero(steps == 0), persistent=False)
         self.on_grid = on_grid
 
+    @property
+    def read(self) -> LatentReader:
+        """The function from stored rows and their steps to latents: a quotient."""
+        return snapped_latents if self.on_grid else latents
+
     @abstractmethod
-    def _row_reader(self) -> RowReader:
-        """A function from a slice of rows to their latent levels, float32 [rows, in]."""
+    def _rows(self) -> Tensor:
+        """What is stored of every row, rows first; `read` makes latents of it and the steps."""
 
     @property
     @abstractmethod
     def in_features(self) -> int:
         """Width of a row."""
 
+    def stored_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, what is stored of these rows, for `read`), tile by tile, in order."""
+        stored, num_rows = self._rows(), self.steps.shape[0]
+        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
+        tile_rows = max(1, tile_weights // self.in_features)
+        for first in range(0, num_rows, tile_rows):
+            rows = slice(first, min(first + tile_rows, num_rows))
+            yield rows, stored[rows]
+
     def latent_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, latent levels t0 of these rows, float32), tile by tile, in order.
 
         The levels are whole numbers in -8..7 where `on_grid`. The tensor may be overwritten.
         """
-        read = self._row_reader()
-        num_rows = self.steps.shape[0]
-        tile_weights = _TILE_WEIGHTS.get(self.steps.device.type, _TILE_WEIGHTS_ELSEWHERE)
-        tile_rows = max(1, tile_weights // self.in_features)
-        for first in range(0, num_rows, tile_rows):
-            rows = slice(first, min(first + tile_rows, num_rows))
-            yield rows, read(rows)
+        for rows, stored in self.stored_tiles():
+            yield rows, self.read(stored, self.steps[rows]).float()
+
+    def levels(self) -> Tensor:
+        """Each latent rounded to the nearest level, int8 [out, in]."""
+        shape = (self.steps.shape[0], self.in_features)
+        levels = torch.empty(shape, dtype=torch.int8, device=self.steps.device)
+        for rows, stored in self.stored_tiles():
+            _fill_levels(levels[rows], self.read, stored, self.steps[rows])
+        return levels
 
     def latents(self) -> Tensor:
         """All latent levels at once, float32 [out, in]."""
@@ -101,8 +120,8 @@ class Bf16Store(Store):
         """Width of a row."""
         return self.weight.shape[-1]
 
-    def _row_reader(self) -> RowReader:
-        return _reader(self.weight, self.steps, on_grid=self.on_grid)
+    def _rows(self) -> Tensor:
+        return self.weight
 
     def _stored(self) -> list[Tensor]:
         return [self.weight]
@@ -128,13 +147,13 @@ class Q4Store(Store):
         """Width of a row."""
         return self.steps.shape[-1] * BLOCK_SIZE
 
-    def levels(self, rows: slice = slice(None)) -> Tensor:
-        """The levels of some rows, int8 [rows, in]."""
-        codes = self.codes[rows]
-        return torch.cat([codes << 4 >> 4, codes >> 4], dim=-1)
+    @property
+    def read(self) -> LatentReader:
+        """The function that takes the levels out of the codes."""
+        return unpacked_levels
 
-    def _row_reader(self) -> RowReader:
-        return lambda rows: self.levels(rows).float()
+    def _rows(self) -> Tensor:
+        return self.codes
 
     def _stored(self) -> list[Tensor]:
         return [pack(Q4Blocks(self.steps, self.levels()))]
@@ -158,8 +177,8 @@ class Nf4Store(Store):
         """Width of a row."""
         return self.steps.shape[-1] * BLOCK_SIZE
 
-    def _row_reader(self) -> RowReader:
-        return _reader(dequantized_nf4(self.weight), self.steps, on_grid=self.on_grid)
+    def _rows(self) -> Tensor:
+        return dequantized_nf4(self.weight)
 
     def _stored(self) -> list[Tensor]:
         state = self.weight.quant_state
@@ -174,13 +193,19 @@ def dequantized_nf4(weight: Tensor) -> Tensor:
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
-def _reader(weight: Tensor, steps: Tensor, *, on_grid: bool) -> RowReader:
-    return lambda rows: _latents(weight[rows], steps[rows], on_grid=on_grid)
+def unpacked_levels(codes: Tensor, steps: Tensor) -> Tensor:
+    """The levels of a `Q4Store`'s codes, int8 [rows, in]; they need no steps."""
+    return torch.cat([codes << 4 >> 4, codes >> 4], dim=-1)
 
 
-def _latents(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Tensor:
-    values = latents(weight, steps)
-    return nearest_levels_(values) if on_grid else values
+def snapped_latents(weight: Tensor, steps: Tensor) -> Tensor:
+    """The levels of a weight that lies on the grid of its steps, float32 [rows, in]."""
+    return nearest_levels_(latents(weight, steps))
+
+
+@fused()
+def _fill_levels(out: Tensor, read: LatentReader, stored: Tensor, steps: Tensor) -> None:
+    out.copy_(nearest_levels_(read(stored, steps)))
 
 
 def reciprocal(steps: Tensor) -> Tensor:

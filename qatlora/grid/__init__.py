@@ -1,6 +1,6 @@
 """Q4_0: encode, decode, recover, search steps, dither, round. Needs torch alone."""
 
-from qatlora.grid.dither import Dither, dither
+from qatlora.grid.dither import Dither, add_dither_, dither
 from qatlora.grid.format import (
     BLOCK_BYTES,
     decode,
@@ -12,6 +12,7 @@ from qatlora.grid.format import (
     pack,
     unpack,
 )
+from qatlora.grid.fused import eager_in_user_graphs, fused
 from qatlora.grid.recover import Recovered, detect, explains, recover, settle
 from qatlora.grid.search import search_steps
 from qatlora.grid.types import BLOCK_SIZE, GRID_VERSION, LEVEL_MAX, LEVEL_MIN, Q4Blocks
@@ -25,12 +26,15 @@ __all__ = [
     "Dither",
     "Q4Blocks",
     "Recovered",
+    "add_dither_",
     "decode",
     "detect",
     "digest",
     "dither",
+    "eager_in_user_graphs",
     "encode_reference",
     "explains",
+    "fused",
     "latents",
     "nearest_levels",
     "nearest_levels_",

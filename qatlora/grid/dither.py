@@ -31,10 +31,10 @@ from qatlora.grid.types import BLOCK_SIZE
 
 PARTS_PER_WORD = 4
 PART_BITS = 16
+WORD_BITS = 64
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB
-CPU_TILE_WORDS = 1 << 16
 DOMAIN = b"qatlora dither 1"
 
 
@@ -67,63 +67,49 @@ def dither(
             f"Dither was asked for shape {tuple(shape)}, but the last dimension must be a multiple "
             f"of {BLOCK_SIZE}, as in every Q4_0 tensor; tile along rows only."
         )
-    zeros = torch.zeros(*shape, dtype=torch.float32, device=device)
-    return Dither(seed, tensor_name).add_to(zeros, start_row)
+    tile = torch.zeros(*shape, dtype=torch.float32, device=device)
+    flat = tile.view(-1, shape[-1])
+    rows = slice(start_row, start_row + len(flat))
+    add_dither_(flat, *Dither(seed, tensor_name).ramps(rows, shape[-1], tile.device))
+    return tile
 
 
 class Dither:
-    """The dither of one tensor, added to tile after tile of it."""
+    """The dither of one tensor, as the words that single rows of it need."""
 
     def __init__(self, seed: int, tensor_name: str) -> None:
         self._key = dither_key(seed, tensor_name)
-        self._kept: _Buffers | None = None
 
-    def add_to(self, tile: Tensor, start_row: int) -> Tensor:
-        """Add the dither to rows of the tensor in place, with one rounding; returns the tile.
+    def ramps(self, rows: slice, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return int64 [rows, 1] and [1, width / 4], whose sum is the Weyl sequence of the rows.
 
         Args:
-            tile: fp32 [..., in], contiguous; ``in`` a multiple of 32.
-            start_row: where the tile begins in the tensor, as for `dither`.
+            rows: which ones, leading dimensions flattened; start and stop must be given.
+            width: ``in``, a multiple of 32.
+            device: where to compute.
         """
-        flat = tile.view(-1)
-        num_words = flat.numel() // PARTS_PER_WORD
-        first_word = start_row * tile.shape[-1] // PARTS_PER_WORD
-        # On a CPU the temporaries stay in the cache; elsewhere one launch per operator is best.
-        most = CPU_TILE_WORDS if flat.device.type == "cpu" else num_words
-        for start in range(0, num_words, most or 1):
-            stop = min(start + most, num_words)
-            offset = _signed((self._key + first_word + start) * GOLDEN)
-            parts = self._buffers_for(stop - start, flat.device).parts(stop - start, offset)
-            flat[start * PARTS_PER_WORD : stop * PARTS_PER_WORD].add_(parts, alpha=2.0**-PART_BITS)
-        return tile
-
-    def _buffers_for(self, num_words: int, device: torch.device) -> "_Buffers":
-        """Kept from tile to tile, most of which are alike."""
-        kept = self._kept
-        if kept is None or kept.num_words < num_words or kept.device != device:
-            kept = self._kept = _Buffers(num_words, device)
-        return kept
+        per_row = width // PARTS_PER_WORD
+        ramp = torch.arange(rows.start, rows.stop, device=device).mul_(_signed(per_row * GOLDEN))
+        by_column = torch.arange(per_row, device=device).mul_(_signed(GOLDEN))
+        return ramp.add_(_signed(self._key * GOLDEN)).unsqueeze(1), by_column.unsqueeze(0)
 
 
-class _Buffers:
-    """Room for the words of a tile, and index * GOLDEN of its first words."""
+def add_dither_(tile: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Add the dither to a tile fp32 [rows, in] in place, with one rounding, from its `ramps`."""
+    words = by_row + by_column
+    for multiplier in (MULTIPLIER_1, MULTIPLIER_2):
+        words.bitwise_xor_(words >> 32).mul_(_signed(multiplier))
+    # A part read as a signed number is k - 2^15.
+    return tile.add_(_parts(words).float().add_(0.5), alpha=2.0**-PART_BITS)
 
-    def __init__(self, num_words: int, device: torch.device) -> None:
-        self.num_words, self.device = num_words, device
-        self._ramp = torch.arange(num_words, device=device).mul_(_signed(GOLDEN))
-        self._words, self._shifted = torch.empty_like(self._ramp), torch.empty_like(self._ramp)
-        self._parts = torch.empty(num_words * PARTS_PER_WORD, dtype=torch.float32, device=device)
 
-    def parts(self, num_words: int, offset: int) -> Tensor:
-        """Return k + 1/2 - 2^15 of these words' parts, fp32; overwritten by the next call."""
-        words = torch.add(self._ramp[:num_words], offset, out=self._words[:num_words])
-        shifted = self._shifted[:num_words]
-        for multiplier in (MULTIPLIER_1, MULTIPLIER_2):
-            torch.bitwise_right_shift(words, 32, out=shifted)
-            words.bitwise_xor_(shifted).mul_(_signed(multiplier))
-        # A part read as a signed number is k - 2^15.
-        parts = self._parts[: num_words * PARTS_PER_WORD]
-        return parts.copy_(words.view(torch.int16)).add_(0.5)
+def _parts(words: Tensor) -> Tensor:
+    """Split int64 [rows, n] into its signed 16-bit parts [rows, 4 n], the lowest first."""
+    if not torch.compiler.is_compiling():
+        return words.view(torch.int16)
+    # The same by shifts: a compiled kernel would write the words to memory to view them.
+    lifts = torch.arange(WORD_BITS - PART_BITS, -1, -PART_BITS, device=words.device)
+    return (words.unsqueeze(-1) << lifts >> WORD_BITS - PART_BITS).flatten(-2)
 
 
 def dither_key(seed: int, tensor_name: str) -> int:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from qatlora.errors import GridError
+from qatlora.grid.fused import fused
 from qatlora.grid.spans import for_each_span
 from qatlora.grid.types import BLOCK_SIZE, LEVEL_MAX, LEVEL_MIN, Q4Blocks
 
 STEP_BYTES = 2
 BLOCK_BYTES = STEP_BYTES + BLOCK_SIZE // 2
 NUM_LEVELS = LEVEL_MAX - LEVEL_MIN + 1
-_DECODED_BLOCKS = 1 << 15
+_DECODED_BLOCKS = {"cpu": 1 << 15}
+_DECODED_BLOCKS_ELSEWHERE = 1 << 18  # fewer launches
 
 
 def encode_reference(weight: Tensor) -> Q4Blocks:
@@ -58,10 +60,16 @@ def decode(blocks: Q4Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
     steps, levels = blocks.steps.reshape(-1, 1), blocks.levels.reshape(-1, BLOCK_SIZE)
     weight = torch.empty(levels.shape, dtype=dtype, device=levels.device)
     # In parts, so that only a small one exists in fp32; it stays in a CPU's cache.
-    for start in range(0, len(levels), _DECODED_BLOCKS):
-        part = slice(start, start + _DECODED_BLOCKS)
-        weight[part] = levels[part].float().mul_(steps[part].float())
+    size = _DECODED_BLOCKS.get(levels.device.type, _DECODED_BLOCKS_ELSEWHERE)
+    for start in range(0, len(levels), size):
+        part = slice(start, start + size)
+        _fill_decoded(weight[part], levels[part], steps[part])
     return weight.view(blocks.levels.shape)
+
+
+@fused()
+def _fill_decoded(out: Tensor, levels: Tensor, steps: Tensor) -> None:
+    out.copy_(levels.float().mul_(steps.float()))
 
 
 def pack(blocks: Q4Blocks) -> Tensor:
@@ -112,11 +120,11 @@ def latents(weight: Tensor, steps: Tensor) -> Tensor:
 
     Divided, not multiplied by a reciprocal: a decoded level divides to itself exactly.
     """
+    wide_steps = steps.float()
+    # A finite weight over infinity is 0; to mask the quotients would be a pass over all of them.
+    divisors = torch.where(wide_steps == 0, math.inf, wide_steps)
     blocks = weight.to(torch.float32, copy=True).view(*steps.shape, BLOCK_SIZE)
-    blocks.div_(steps.float().unsqueeze(-1))
-    if not steps.all():  # a pass over all weights for the sake of a few blocks
-        blocks.masked_fill_(steps.unsqueeze(-1) == 0, 0.0)
-    return blocks.view(weight.shape)
+    return blocks.div_(divisors.unsqueeze(-1)).view(weight.shape)
 
 
 def split_blocks(weight: Tensor) -> Tensor:

@@ -42,7 +42,14 @@ def to_console(report: RunReport) -> RenderableType:
 
 
 def _score_table(rows: list[list[str]]) -> Table:
-    table = Table(title="held-out text", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # The widest: collapsed padding leaves room for a third model's name in 80 columns.
+    table = Table(
+        title="held-out text",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name in SCORE_HEADER:
         justify: JustifyMethod = "left" if name in ("text", "model") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True)

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from store_cases import store_of
 from torch import Tensor
 
 from qatlora.base import stores
 from qatlora.base.linear import GridLinear
-from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store, Store, dequantized_nf4, reciprocal
+from qatlora.base.stores import Bf16Store, dequantized_nf4, reciprocal
 from qatlora.grid import Q4Blocks, decode, recover
 
 OUT, IN = 24, 128
@@ -20,24 +21,6 @@ def blocks_on_grid(seed: int = 0) -> Q4Blocks:
 
 def latent_weight(seed: int = 0) -> Tensor:
     return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed)).bfloat16() * 0.05
-
-
-def nf4_store(weight: Tensor, steps: Tensor, *, on_grid: bool) -> Nf4Store:
-    from bitsandbytes.nn import Linear4bit
-
-    linear = Linear4bit(IN, OUT, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    linear.load_state_dict({"weight": weight})
-    return Nf4Store(linear.to("cpu").weight, steps, on_grid=on_grid)
-
-
-def store_of(kind: str, weight: Tensor) -> Store:
-    recovered = recover(weight)
-    on_grid = bool(recovered.on_grid.all())
-    if kind == "q4_0":
-        return Q4Store(recovered.blocks)
-    if kind == "bf16":
-        return Bf16Store(weight, recovered.blocks.steps, on_grid=on_grid)
-    return nf4_store(weight, recovered.blocks.steps, on_grid=on_grid)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "bf16"])

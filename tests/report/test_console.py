@@ -22,6 +22,13 @@ def test_eighty_columns_show_every_figure_whole(run_report):
     assert "Guard passed; published." in text
 
 
+def test_eighty_columns_hold_the_reference_of_a_distillation(run_report):
+    models = {"reference": run_report.texts["general"]["base"]} | run_report.texts["general"]
+    text = printed(replace(run_report, texts={"general": models}))
+    assert "reference" in text
+    assert "…" not in text
+
+
 def test_a_failed_guard_shows_gate_and_remedy(failed_report):
     text = printed(failed_report)
     assert "Guard failed (drift); nothing was published." in text
