@@ -37,7 +37,7 @@ from qatlora.errors import CacheError
 
 _HEAD = "head.safetensors"
 _HIGH_FROM = 1 << 16
-_SHARD_TOKENS = 32_768  # what a killed build loses at most: a minute or so of a small model
+_SHARD_TOKENS = 32_768  # what a killed build loses at most: minutes of a small model on a CPU
 
 
 class _Place(NamedTuple):
