@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qatlora.config import RootConfig, to_dataclasses
-from qatlora.config_rules import closest, validate
-from qatlora.errors import ConfigError, QatloraError
+from qatlora.config_rules import validate
+from qatlora.errors import ConfigError, QatloraError, closest
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
 

@@ -35,6 +35,7 @@ STAGES = (
     "publish",
     "save_base",
     "benchmark",
+    "fidelity",
     "report",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
@@ -417,6 +418,27 @@ class BenchmarkConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """Which models the recipe `fidelity` compares, with what, and on which texts."""
+
+    models: list[str] = field(default_factory=lambda: ["nf4", "q4_0", "q4_0_reference"])
+    """Each is nf4, q4_0, q4_0_reference or bf16 (the base stored so), or PLACE or PLACE@STORAGE,
+    where PLACE is a folder, a GGUF file, hub:ID or embedded:NAME; see qatlora/model_spec.py."""
+    reference: str | None = None
+    """A model like those; null: each model's own bf16 checkpoint, else the base in bf16."""
+    texts: list[str] = field(default_factory=lambda: ["wiki", "c4", "chats"])
+    """chats (of the group data), texts as in data.general, or text files."""
+    tokens_per_text: int = 65536
+    """Scored tokens of each text at most."""
+    window_tokens: int = 512
+    """Length of a window, BOS included."""
+    precision: Precision = Precision.auto
+    """Arithmetic of weights and forwards; auto is bf16, fp32 has less noise."""
+    worst_tokens: int = 20
+    """Tokens with the largest KLD that are shown of each model."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and where it is logged."""
 
@@ -448,6 +470,7 @@ class RootConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
     run_dir: str = "runs"
@@ -472,7 +495,7 @@ def to_dataclasses(cfg: DictConfig) -> RootConfig:
     if not isinstance(root, RootConfig):
         raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")
     _settle_paths(root)
-    _settle_base(root.base)
+    settle_base(root.base)
     return root
 
 
@@ -502,7 +525,7 @@ def _settle_paths(root: RootConfig) -> None:
 _EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
 
 
-def _settle_base(base: BaseConfig) -> None:
+def settle_base(base: BaseConfig) -> None:
     """Let a path or hub id displace the default embedded base, and name what has no name."""
     if base.path or base.hub_id:
         if base.name == base.embedded:

@@ -3,11 +3,9 @@
 Each check raises `ConfigError` with the value found, the rule it breaks and the remedy.
 """
 
-import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from qatlora.config import (
@@ -17,6 +15,7 @@ from qatlora.config import (
     DataKind,
     Effect,
     ExportConfig,
+    FidelityConfig,
     InspectConfig,
     RootConfig,
     Rounding,
@@ -26,7 +25,8 @@ from qatlora.config import (
     Trained,
 )
 from qatlora.config_teacher_rules import check_losses, check_teacher
-from qatlora.errors import ConfigError
+from qatlora.errors import ConfigError, closest
+from qatlora.model_spec import parse_models
 
 _MINIMA = {
     "adapter.rank": 1,
@@ -54,6 +54,9 @@ _MINIMA = {
     "benchmark.max_steps": 1,
     "benchmark.rows_per_step": 1,
     "benchmark.eval_tokens": 1,
+    "fidelity.tokens_per_text": 2,
+    "fidelity.window_tokens": 8,
+    "fidelity.worst_tokens": 0,
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -70,14 +73,6 @@ _POSITIVE = (
     "build.max_shard_gb",
     "benchmark.steps_rate_factor",
 )
-
-
-def closest(word: str, choices: Iterable[str]) -> str:
-    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
-    choices = sorted(choices)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    proposal = f"; did you mean {near[0]}?" if near else "."
-    return f"the choices are {', '.join(choices)}{proposal}"
 
 
 def validate(cfg: RootConfig) -> None:
@@ -99,6 +94,8 @@ def validate(cfg: RootConfig) -> None:
     _check_inspect(cfg.inspect)
     if "benchmark" in cfg.stages:
         _check_benchmark(cfg)
+    if "fidelity" in cfg.stages:
+        _check_fidelity(cfg.fidelity)
 
 
 def _check_stages(stages: list[str]) -> None:
@@ -293,3 +290,14 @@ def _check_benchmark(cfg: RootConfig) -> None:
                 f"data.max_length_tokens={cfg.data.max_length_tokens}, the length of a row. Change "
                 "one of the two."
             )
+
+
+def _check_fidelity(fidelity: FidelityConfig) -> None:
+    parse_models("fidelity.models", fidelity.models)
+    if fidelity.reference is not None:
+        parse_models("fidelity.reference", [fidelity.reference])
+    if not fidelity.texts or len(set(fidelity.texts)) < len(fidelity.texts):
+        raise ConfigError(
+            f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. "
+            "Set fidelity.texts to such a list, as [wiki,c4,chats]."
+        )

@@ -5,6 +5,9 @@ Every message names the value found, the rule it breaks and the remedy, in one p
 `QATLORA_TRACEBACK=1` shows the traceback as well.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QatloraError(Exception):
     """Base of all errors that qatlora raises on purpose."""
@@ -62,3 +65,15 @@ class CacheError(QatloraError):
 
 class BenchmarkError(QatloraError):
     """A method could not be measured."""
+
+
+class FidelityError(QatloraError):
+    """Models cannot be compared, or their figures are not repeatable."""
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    proposal = f"; did you mean {near[0]}?" if near else "."
+    return f"the choices are {', '.join(choices)}{proposal}"

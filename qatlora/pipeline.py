@@ -3,9 +3,9 @@
     preflight -> load_data -> load_base -> attach -> evaluate_base -> train -> save_adapter
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
-qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds
-and benchmark are one stage between preflight and report, teacher_cache one after load_data. Those
-stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
+qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
+benchmark and fidelity are one stage between preflight and report, teacher_cache one after
+load_data. Those stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -50,6 +50,7 @@ from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
+from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.teacher import (
@@ -100,7 +101,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_data", "load_base"} & set(cfg.stages):
+    if {"build", "load_data", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -109,6 +110,8 @@ def _preflight(state: Run) -> None:
         check_teacher(state)
     if "teacher_cache" in cfg.stages:
         check_teacher_cache(state)
+    if "fidelity" in cfg.stages:
+        check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
 
 
@@ -267,6 +270,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "fidelity": fidelity,
     "report": _write_report,
 }
 

@@ -17,7 +17,7 @@ import torch
 from qatlora.base.layout import Layout
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import BenchmarkSuite, RootConfig, Storage, Trained
+from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, Trained
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
@@ -61,6 +61,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         return _estimate_cache(cfg, source, layout, device)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
+    if "fidelity" in cfg.stages:
+        return _estimate_fidelity(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
     text = source.config.get("text_config", source.config)
@@ -119,6 +121,22 @@ def _estimate_benchmark(
     memory = models * (_IMPORTED_LIBRARIES_BYTES + dense_and_logits + activations)
     flops = tokens * 8.0 * layout.num_parameters
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _estimate_fidelity(
+    cfg: RootConfig, source: Source, layout: Layout, device: torch.device
+) -> Needs:
+    """One model at a time, beside the head of its reference, the states and a batch at work."""
+    settings, text = cfg.fidelity, source.config.get("text_config", source.config)
+    value_bytes = _FP32_BYTES if settings.precision is Precision.fp32 else _BF16_BYTES
+    num_tokens = len(settings.texts) * settings.tokens_per_text
+    head_weights = int(text["hidden_size"]) * int(text["vocab_size"])
+    states = num_tokens * int(text["hidden_size"]) * value_bytes
+    model = layout.num_parameters * (value_bytes + _BF16_BYTES)  # itself and its file as it is read
+    memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
+    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
+    return Needs(memory, _REPORT_BYTES, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
 def _activation_bytes(cfg: RootConfig, text: dict[str, Any]) -> float:

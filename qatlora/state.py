@@ -17,10 +17,11 @@ from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
-from qatlora.data.rows import Batches
+from qatlora.data.rows import Batches, Text
 from qatlora.distill import TeacherCache
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
+from qatlora.fidelity.plan import Comparison
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import (
@@ -40,6 +41,7 @@ from qatlora.report.results import (
 )
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_fidelity import FidelityResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -59,6 +61,10 @@ class Run:
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
     benchmark: BenchmarkResult | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    measured: list[Text] = field(default_factory=list)  # what these are compared on
+    data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
+    fidelity: FidelityResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
@@ -118,11 +124,12 @@ def report_of(state: Run) -> RunReport:
         inspect=state.inspection,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
+        fidelity=state.fidelity,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),
         peak_rss_bytes=peak_rss_bytes(),
-        data_notes=state.batches.notes if state.batches else {},
+        data_notes=state.batches.notes if state.batches else state.data_notes,
         versions={"qatlora": __version__, "llama.cpp": llama_cpp_version()}
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         settings=dataclasses.asdict(state.cfg),

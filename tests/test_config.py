@@ -250,3 +250,24 @@ def test_a_benchmark_that_would_measure_nothing_is_refused(key, value):
     with pytest.raises(ConfigError, match=re.escape(key)) as refused:
         validate(change(root, key, value))
     assert re.search(REMEDY, str(refused.value), re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fidelity.models", []),
+        ("fidelity.models", ["nf5"]),
+        ("fidelity.models", ["nf4", "nf4"]),
+        ("fidelity.reference", "nowhere/model"),
+        ("fidelity.texts", []),
+        ("fidelity.texts", ["wiki", "wiki"]),
+        ("fidelity.tokens_per_text", 1),
+        ("fidelity.window_tokens", 4),
+    ],
+)
+def test_a_comparison_that_would_compare_nothing_is_refused(key, value):
+    root = to_dataclasses(compose("recipe=fidelity"))
+    validate(root)
+    with pytest.raises(ConfigError, match=re.escape(key)) as refused:
+        validate(change(root, key, value))
+    assert re.search(REMEDY, str(refused.value), re.IGNORECASE)

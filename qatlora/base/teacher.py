@@ -22,6 +22,13 @@ def teacher_source(base: Source, path: str | None) -> Source:
     return source
 
 
+def has_bf16_values(source: Source) -> bool:
+    """Whether the folder still holds, or decodes to, the bf16 values of its checkpoint."""
+    record = source.record
+    rounded = record is not None and record.on_grid_share < ON_GRID_SHARE
+    return not source.nf4_modules and not (source.packed_modules and rounded)
+
+
 def require_bf16_values(source: Source) -> None:
     """A packed build of weights on a grid decodes to its source's; any other build does not.
 
@@ -34,7 +41,7 @@ def require_bf16_values(source: Source) -> None:
             "teacher.path=FOLDER of the bf16 checkpoint, or train without one (teacher=none)."
         )
     record = source.record
-    if source.packed_modules and record is not None and record.on_grid_share < ON_GRID_SHARE:
+    if record is not None and not has_bf16_values(source):
         raise ConfigError(
             f"{source.folder} is a packed Q4_0 build, and of its source's weights only "
             f"{record.on_grid_share:.2%} lay on a grid: their bf16 values are gone, and the base "

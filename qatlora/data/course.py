@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from qatlora.data.chats import Chats
 from qatlora.data.encode import ChatEncoder
-from qatlora.data.rows import Row
+from qatlora.data.rows import Row, first_rows
 from qatlora.errors import DataError
 
 _CONVERSATIONS_PER_BATCH = 32
@@ -68,13 +68,7 @@ class ChatCourse:
         """
         candidates = list(self.encoded(indices))
         random.Random("held out").shuffle(candidates)
-        rows: list[Row] = []
-        total = 0
-        for row in candidates:
-            if rows and total + row.num_scored_tokens > num_tokens:
-                break
-            rows.append(row)
-            total += row.num_scored_tokens
+        rows = first_rows(candidates, num_tokens)
         if not rows:
             raise self.nothing_left("held-out")
         return rows
@@ -98,11 +92,11 @@ class ChatCourse:
                 else:
                     yield encoded.row
 
-    def nothing_left(self, part: str) -> DataError:
-        """The error that no conversation of the part `part` gave a row."""
+    def nothing_left(self, part: str, length: str = "data.max_length_tokens") -> DataError:
+        """The error that no conversation of the part `part` gave a row; `length` is the setting."""
         reasons = "; ".join(f"{reason}: {count}" for reason, count in self.dropped.items())
         return DataError(
             f"No {part} conversation of {self.chats.name} can be used ({reasons}). Raise "
-            f"data.max_length_tokens (it is {self.encoder.max_length}), or shorten what stands "
+            f"{length} (it is {self.encoder.max_length}), or shorten what stands "
             "before the first answer."
         )

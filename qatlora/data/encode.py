@@ -11,8 +11,8 @@ fits. Two further rules keep training equal to what llama.cpp will do with the s
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -65,12 +65,14 @@ class ChatEncoder:
         template: chat template with generation markers.
         max_length: tokens of a row at most, BOS included.
         system_prompt: put before conversations that have no system message.
+        options: what else the template is told, such as enable_thinking.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     max_length: int
     system_prompt: str | None = None
+    options: Mapping[str, bool] = field(default_factory=dict)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """A row per conversation, or the reason why there is none.
@@ -138,6 +140,7 @@ class ChatEncoder:
             [self.with_system_prompt(each) for each in conversations],
             chat_template=self.template,
             return_dict=True,
+            **self.options,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},  # no warning about lengths that are cut later
         )
@@ -187,7 +190,7 @@ class ChatEncoder:
     @cached_property
     def _frame(self) -> int:
         """Tokens before the first turn: BOS, a default system message."""
-        bare = ChatEncoder(self.tokenizer, self.template, self.max_length)
+        bare = replace(self, system_prompt=None)
         one, two = (_answer_ends(mask)[-1] for _, mask in bare._tokens([_EXCHANGE, _EXCHANGE * 2]))
         return one - (two - one)
 

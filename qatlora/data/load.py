@@ -57,7 +57,7 @@ def load_data(
     max_length = settings.max_length_tokens
     template = training_template(tokenizer)
     encoder = ChatEncoder(tokenizer, template, max_length, settings.system_prompt)
-    chats = _open_chats(settings, turn_rules(tokenizer, template))
+    chats = open_conversations(settings, turn_rules(tokenizer, template))
     general = open_general(settings.general, registry.locate)
     training, held_out = split_conversations(chats, settings.eval_rows)
 
@@ -137,7 +137,13 @@ def _num_chat_rows(settings: DataConfig, rows_per_step: int) -> int:
     return num_chat_rows
 
 
-def _open_chats(settings: DataConfig, rules: TurnRules) -> Chats:
+def open_conversations(settings: DataConfig, rules: TurnRules) -> Chats:
+    """The conversations that the settings name.
+
+    Raises:
+        ConfigError: the settings contradict each other or the template.
+        DataError: a line of the file will not do.
+    """
     if settings.system_prompt is not None and not rules.system:
         raise ConfigError(
             "data.system_prompt is set, but the base's chat template cannot render a system "

@@ -47,10 +47,22 @@ def text_key(rows: Iterable[Row]) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """A held-out text for evaluation; none of its rows is ever trained on."""
+    """A text for evaluation: the held-out task, validation and general, or one of its own name."""
 
-    name: Literal["task", "validation", "general"]
+    name: str
     rows: list[Row]
+
+
+def first_rows(rows: Iterable[Row], num_tokens: int) -> list[Row]:
+    """The first rows with at most `num_tokens` scored tokens together, at least one row."""
+    taken: list[Row] = []
+    total = 0
+    for row in rows:
+        total += row.num_scored_tokens
+        if taken and total > num_tokens:
+            break
+        taken.append(row)
+    return taken
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qatlora.data.encode import expected_bos
-from qatlora.data.rows import IGNORED, Row
+from qatlora.data.rows import IGNORED, Row, first_rows
 from qatlora.errors import DataError
 
 _HELD_OUT_SHARE = 0.1
@@ -127,7 +127,7 @@ def replay_rows(
     while len(rows) < num_rows:
         documents = rng.sample(text.training, len(text.training))
         num_before = len(rows)
-        for row in _windows(documents, tokenizer, max_length):
+        for row in windows(documents, tokenizer, max_length):
             if len(row.input_ids) == max_length:
                 rows.append(row)
             if len(rows) == num_rows:
@@ -150,13 +150,8 @@ def held_out_rows(
     Raises:
         DataError: there is too little text to score.
     """
-    rows: list[Row] = []
-    total = 0
-    for row in _windows(text.held_out, tokenizer, max_length):
-        if rows and total + row.num_scored_tokens > num_tokens:
-            break
-        rows.append(row)
-        total += row.num_scored_tokens
+    rows = first_rows(windows(text.held_out, tokenizer, max_length), num_tokens)
+    total = sum(row.num_scored_tokens for row in rows)
     if total < min(_MIN_SCORED_TOKENS, num_tokens):
         raise DataError(
             f"The held-out tenth of the general text {text.name} has {total} tokens, too few for a "
@@ -165,10 +160,10 @@ def held_out_rows(
     return rows
 
 
-def _windows(
+def windows(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[Row]:
-    """Full windows, then the remainder."""
+    """Full windows of documents that follow each other, then the remainder."""
     bos = expected_bos(tokenizer)
     start = [] if bos is None else [bos]
     ids = start.copy()

@@ -10,6 +10,7 @@ from qatlora.evaluate.states import (
 from qatlora.evaluate.statistics import (
     KldSummary,
     Mean,
+    PerplexityRatio,
     TextScores,
     mean_difference,
     mean_of,
@@ -21,6 +22,7 @@ from qatlora.evaluate.text import evaluate_text
 __all__ = [
     "KldSummary",
     "Mean",
+    "PerplexityRatio",
     "Reference",
     "ReferenceStates",
     "Row",

@@ -154,11 +154,11 @@ def _result(scores: TokenScores) -> TextResult:
         mean_nll=summary.mean_nll,
         nll_stderr=summary.nll_stderr,
         kld=None if kld is None else KldFigures(kld.mean, kld.median, kld.p99, kld.same_top),
-        kld_histogram=None if scores.kld is None else _histogram(scores.kld),
+        kld_histogram=None if scores.kld is None else kld_histogram(scores.kld),
     )
 
 
-def _histogram(kld: torch.Tensor) -> list[int]:
+def kld_histogram(kld: torch.Tensor) -> list[int]:
     """Tokens per bin of `KLD_BIN_EDGES`; what lies above the last edge is in the last bin."""
     edges = torch.tensor(KLD_BIN_EDGES, dtype=torch.float64)
     inside = kld.double().clamp(0, edges[-1] * (1 - 1e-12))

@@ -57,12 +57,16 @@ class TokenScores:
         kld: float32 [n], KL(reference || model), nats; None without a reference.
         same_top: bool [n], both models have the same most probable word; None without a reference.
         reference_nll: float32 [n], -log P_reference(token); None without a reference.
+        top: int64 [n], the model's most probable word.
+        reference_top: int64 [n], the reference's; None without one.
     """
 
     nll: Tensor
     kld: Tensor | None = None
     same_top: Tensor | None = None
     reference_nll: Tensor | None = None
+    top: Tensor | None = None
+    reference_top: Tensor | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
@@ -72,6 +76,8 @@ class TokenScores:
             _concatenate([part.kld for part in parts]),
             _concatenate([part.same_top for part in parts]),
             _concatenate([part.reference_nll for part in parts]),
+            _concatenate([part.top for part in parts]),
+            _concatenate([part.reference_top for part in parts]),
         )
 
 
@@ -193,6 +199,8 @@ class _StreamingDivergence:
             kld.float().cpu(),
             (model.top_word == reference.top_word).cpu(),
             reference.nll().cpu(),
+            model.top_word.cpu(),
+            reference.top_word.cpu(),
         )
 
 
@@ -212,5 +220,5 @@ def _score_chunk(
         for divergence in divergences:
             divergence.add(tile, start, dtype)
     if not divergences:
-        return [TokenScores(model.nll().cpu())]
+        return [TokenScores(model.nll().cpu(), top=model.top_word.cpu())]
     return [divergence.scores(model) for divergence in divergences]

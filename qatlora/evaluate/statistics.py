@@ -31,7 +31,7 @@ class KldSummary:
     """KL(reference || model) over tokens, nats per token; shares and probabilities in 0..1.
 
     Attributes:
-        mean, mean_stderr, median, p90, p95, p99, p999, max: of the divergence per token.
+        mean, mean_stderr, median, p90, p95, p99, p999, max, min: of the divergence per token.
         same_top, same_top_stderr: share of tokens with the same most probable word.
         rms_dp, rms_dp_stderr: root mean square of P_model(token) - P_reference(token).
     """
@@ -44,10 +44,27 @@ class KldSummary:
     p99: float
     p999: float
     max: float
+    min: float
     same_top: float
     same_top_stderr: float
     rms_dp: float
     rms_dp_stderr: float
+
+
+@dataclass(frozen=True)
+class PerplexityRatio:
+    """A model's perplexity over its reference's on the same tokens.
+
+    Attributes:
+        reference, reference_stderr: the reference's perplexity.
+        ratio, ratio_stderr: model over reference, paired by token: llama-perplexity's "Mean
+            PPL(Q)/PPL(base)".
+    """
+
+    reference: float
+    reference_stderr: float
+    ratio: float
+    ratio_stderr: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class TextScores:
         mean_nll, nll_stderr: nats per token.
         perplexity: exp(mean_nll).
         kld: divergence from the reference, None without one.
+        against: perplexity beside the reference's, None without one.
     """
 
     num_tokens: int
@@ -66,6 +84,7 @@ class TextScores:
     nll_stderr: float
     perplexity: float
     kld: KldSummary | None = None
+    against: PerplexityRatio | None = None
 
     @property
     def perplexity_stderr(self) -> float:
@@ -80,10 +99,11 @@ def summarize(scores: TokenScores) -> TextScores:
         DataError: fewer than two tokens were scored.
     """
     nll = mean_of(scores.nll)
-    kld = None
+    kld, against = None, None
     if scores.kld is not None and scores.same_top is not None and scores.reference_nll is not None:
         kld = _summarize_kld(scores.kld, scores.same_top, scores.nll, scores.reference_nll)
-    return TextScores(len(scores.nll), nll.value, nll.stderr, _exp(nll.value), kld)
+        against = _perplexity_ratio(scores.nll, scores.reference_nll)
+    return TextScores(len(scores.nll), nll.value, nll.stderr, _exp(nll.value), kld, against)
 
 
 def mean_of(values: Tensor) -> Mean:
@@ -140,10 +160,19 @@ def _summarize_kld(kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Te
         p99=percentile(ordered, 0.99),
         p999=percentile(ordered, 0.999),
         max=ordered[-1].item(),
+        min=ordered[0].item(),
         same_top=top.value,
         same_top_stderr=top.stderr,
         rms_dp=rms_dp,
         rms_dp_stderr=0.5 / rms_dp * mean_square.stderr if rms_dp else 0.0,
+    )
+
+
+def _perplexity_ratio(nll: Tensor, reference_nll: Tensor) -> PerplexityRatio:
+    reference, log_ratio = mean_of(reference_nll), mean_difference(nll, reference_nll)
+    perplexity, ratio = _exp(reference.value), _exp(log_ratio.value)
+    return PerplexityRatio(
+        perplexity, perplexity * reference.stderr, ratio, ratio * log_ratio.stderr
     )
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.cache_text import CACHE_HEADER, cache_rows
 from qatlora.report.escape import visible
+from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
 from qatlora.report.results import GuardResult, InspectResult, RunReport
@@ -31,6 +32,9 @@ def to_console(report: RunReport) -> RenderableType:
     if report.teacher_cache:
         rows = cache_rows(report.teacher_cache)
         parts.append(_plain_table("held-out text", CACHE_HEADER, rows))
+    if report.fidelity:
+        cells = console_cells(report.fidelity)
+        parts.append(_plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -67,11 +71,14 @@ def _inspect_table(result: InspectResult) -> Table:
     return table
 
 
-def _plain_table(title: str, header: Sequence[str], rows: list[list[str]]) -> Table:
-    """The first column to the left, figures to the right."""
+def _plain_table(
+    title: str, header: Sequence[str], rows: list[list[str]], num_left: int = 1
+) -> Table:
+    """The first columns to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left")
+        justify: JustifyMethod = "left" if index < num_left else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table

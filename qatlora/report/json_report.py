@@ -50,6 +50,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "inspect": parts.pop("inspect"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
+        "fidelity": parts.pop("fidelity"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

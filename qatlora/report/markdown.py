@@ -17,6 +17,8 @@ from qatlora.report.cache_plot import CACHE_PLOT
 from qatlora.report.cache_text import CACHE_HEADER, CACHE_LEGEND, cache_rows
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
+from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
+from qatlora.report.fidelity_text import fidelity_tables
 from qatlora.report.formatting import (
     format_bytes,
     format_count,
@@ -48,6 +50,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Tensors on the grid", _inspection(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
         ("What the cache keeps", _cache(report, plots)),
+        ("Models against their references", _fidelity(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
         ("What changed", _changes(report, plots)),
@@ -122,6 +125,13 @@ def _cache(report: RunReport, plots: Collection[str]) -> Iterator[str]:
         rows = [[inline(cell) for cell in row] for row in cache_rows(report.teacher_cache)]
         yield table(CACHE_HEADER, rows, "lrrrrrr")
         yield _plot(CACHE_PLOT, "Divergence lost and size over the words kept", plots)
+
+
+def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.fidelity is not None:
+        yield _plot(DISTRIBUTION_PLOT, "Share of tokens above a KLD", plots)
+        yield _plot(POSITION_PLOT, "Mean KLD by position in the window", plots)
+        yield from fidelity_tables(report.fidelity)
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:

@@ -32,6 +32,12 @@ from qatlora.report.benchmark_plot import (
 )
 from qatlora.report.cache_plot import CACHE_PLOT, cache_figure
 from qatlora.report.changes import KindChange, changes_by_kind
+from qatlora.report.fidelity_plot import (
+    DISTRIBUTION_PLOT,
+    POSITION_PLOT,
+    distribution_figure,
+    position_figure,
+)
 from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
 
@@ -66,6 +72,8 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         SPEED_PLOT: speed_figure(report.benchmark),
         FORGETTING_PLOT: forgetting_figure(report.benchmark),
         CACHE_PLOT: cache_figure(report.teacher_cache),
+        DISTRIBUTION_PLOT: distribution_figure(report.fidelity, KLD_BIN_EDGES),
+        POSITION_PLOT: position_figure(report.fidelity),
     }
     for name, figure in figures.items():
         if figure is None:

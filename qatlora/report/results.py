@@ -10,6 +10,7 @@ from typing import Any
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_fidelity import FidelityResult
 
 SCHEMA_VERSION = 1
 
@@ -271,6 +272,7 @@ class RunReport:
     inspect: InspectResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
+    fidelity: FidelityResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qatlora.report.cache_text import cache_facts
+from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
 from qatlora.report.results import BaseResult, RunReport, TextResult
@@ -34,6 +35,9 @@ def verdict(report: RunReport) -> Verdict:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     if report.teacher_cache is not None:
         return Verdict("Teacher cache written.", None, [])
+    if report.fidelity is not None:
+        first, *others = headlines(report.fidelity) or ["Every reference equals itself."]
+        return Verdict(first, None, others)
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -53,6 +57,8 @@ def verdict(report: RunReport) -> Verdict:
 def facts(report: RunReport) -> list[tuple[str, str]]:
     """Pairs of a label and plain text: what was made, its effect; only those that are known."""
     lines: list[tuple[str, str]] = []
+    if report.fidelity:
+        lines += self_klds(report.fidelity)
     if report.build:
         lines += _build_facts(report.build, report.base)
     if report.teacher_cache:

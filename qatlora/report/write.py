@@ -1,8 +1,9 @@
-"""The report of a run: `report.json`, `report.md` and the plots, in the run folder."""
+"""The report of a run: `report.json`, `report.md`, the plots and, of a comparison, a web page."""
 
 from pathlib import Path
 
 from qatlora.files import write_json, write_text
+from qatlora.report.html import to_html
 from qatlora.report.json_report import to_json
 from qatlora.report.markdown import to_markdown
 from qatlora.report.plots import write_plots
@@ -10,6 +11,7 @@ from qatlora.report.results import RunReport
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+HTML_NAME = "report.html"
 
 
 def write_report(report: RunReport, run_dir: Path) -> None:
@@ -24,4 +26,7 @@ def write_report(report: RunReport, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     plots = write_plots(report, run_dir)
     write_text(run_dir / MARKDOWN_NAME, to_markdown(report, plots))
+    if report.fidelity is not None:
+        images = {name: (run_dir / name).read_bytes() for name in plots}
+        write_text(run_dir / HTML_NAME, to_html(report, images))
     write_json(run_dir / JSON_NAME, document)

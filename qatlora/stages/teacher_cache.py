@@ -15,7 +15,7 @@ from qatlora.base.digests import digest_of_tensors
 from qatlora.base.load import load_base, load_plain
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.teacher import teacher_source
-from qatlora.data.rows import Row, text_key
+from qatlora.data.rows import Row, first_rows, text_key
 from qatlora.distill import (
     CacheKey,
     CacheWriter,
@@ -141,7 +141,7 @@ def _measure(state: Run, cache: TeacherCache) -> list[CachePoint]:
     top_ks = sorted(k for k in {*_MEASURED_TOP_K, key.top_k} if k < key.vocab_size)
     points = []
     for text in state.evaluation.texts:
-        rows = _first(text.rows, _MEASURED_TOKENS)
+        rows = first_rows(text.rows, _MEASURED_TOKENS)
         student = reference_states(state.base.model, rows, state.evaluation.settings)
         hidden, _ = cache.text(text_key(text.rows))
         num_tokens = len(student.targets)
@@ -163,14 +163,3 @@ def _measure(state: Run, cache: TeacherCache) -> list[CachePoint]:
             for each in kept
         ]
     return points
-
-
-def _first(rows: Sequence[Row], num_tokens: int) -> list[Row]:
-    """Rows from the start until they have `num_tokens` scored tokens."""
-    chosen, total = [], 0
-    for row in rows:
-        chosen.append(row)
-        total += row.num_scored_tokens
-        if total >= num_tokens:
-            break
-    return chosen

@@ -47,6 +47,12 @@ def test_scores_equal_the_float64_reference(scale):
     assert torch.equal(scores.same_top, log_p.argmax(-1) == log_q.argmax(-1))
 
 
+def test_the_likeliest_words_of_both_are_named():
+    scores, (log_q, log_p) = Pair().score(), Pair().log_probs()
+    assert torch.equal(scores.top, log_q.argmax(-1))
+    assert torch.equal(scores.reference_top, log_p.argmax(-1))
+
+
 def test_tile_sizes_change_rounding_only():
     pair = Pair()
     other = pair.score(

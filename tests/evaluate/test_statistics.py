@@ -98,3 +98,22 @@ def test_without_a_reference_there_is_no_divergence():
 
 def test_a_broken_model_has_infinite_perplexity():
     assert summarize(TokenScores(torch.full((3,), 1000.0))).perplexity == math.inf
+
+
+def test_the_perplexity_ratio_is_that_of_llama_perplexity(scores):
+    against = summarize(scores).against
+    nll, reference = scores.nll.double().numpy(), scores.reference_nll.double().numpy()
+    mean, error = llama_mean_and_uncertainty(nll)
+    reference_mean, reference_error = llama_mean_and_uncertainty(reference)
+    covariance = (nll * reference).mean() - mean * reference_mean
+    covariance /= len(nll) - 1
+    ratio = math.exp(mean - reference_mean)
+    variance = error**2 + reference_error**2 - 2 * covariance
+    assert against.reference == pytest.approx(math.exp(reference_mean))
+    assert against.reference_stderr == pytest.approx(math.exp(reference_mean) * reference_error)
+    assert against.ratio == pytest.approx(ratio)
+    assert against.ratio_stderr == pytest.approx(ratio * math.sqrt(variance))
+
+
+def test_the_smallest_divergence_is_reported(scores):
+    assert summarize(scores).kld.min == scores.kld.min().item()

@@ -16,7 +16,7 @@ LIMITS = GuardConfig(
 
 
 def kld(mean: float = 0.0, p99: float = 0.0, same_top: float = 1.0) -> KldSummary:
-    rest = dict.fromkeys(("mean_stderr", "median", "p90", "p95", "p999", "max"), 0.0)
+    rest = dict.fromkeys(("mean_stderr", "median", "p90", "p95", "p999", "max", "min"), 0.0)
     more = dict.fromkeys(("same_top_stderr", "rms_dp", "rms_dp_stderr"), 0.0)
     return KldSummary(mean=mean, p99=p99, same_top=same_top, **rest, **more)
 

@@ -1,0 +1,200 @@
+"""The comparison of models in words and tables: who is nearest, by how much, where each fails."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from qatlora.report.escape import inline, table
+from qatlora.report.formatting import format_bytes, format_count, format_figure, format_share
+from qatlora.report.results_fidelity import (
+    FidelityModel,
+    FidelityResult,
+    FidelityText,
+    WorstToken,
+)
+
+Cells = list[list[str]]
+
+_SIGNIFICANT_STANDARD_ERRORS = 2.0
+_CARD_COLUMNS = ("median", "mean")
+
+STATISTICS_HEADER = (
+    "text", "model", "tokens", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "min",
+    "same top", "RMS Δp", "perplexity", "reference", "ratio",
+)  # fmt: skip
+CONSOLE_HEADER = ("text", "model", "KLD mean", "median", "p99", "same top")
+WORST_HEADER = (
+    "KLD", "text", "before", "token", "P reference", "P model", "top of reference", "top of model",
+)  # fmt: skip
+LEGEND = (
+    "KLD is KL(reference || model) over the whole vocabulary, in nats per token; same top is the "
+    "share of tokens at which both have the same likeliest word; Δp is the change of the "
+    "probability of the token that follows; reference and ratio are the reference's perplexity and "
+    "the model's over it. Definitions are those of llama-perplexity; ± is one standard error. A "
+    "low perplexity ratio alone says little: a broken model can gain on one text."
+)
+
+
+def headlines(result: FidelityResult) -> list[str]:
+    """Sentences per reference: the models in order, and which neighbours cannot be told apart.
+
+    The reference itself and an adapter run's base are no candidates.
+    """
+    sentences = []
+    for reference in result.references:
+        ranked = [
+            model
+            for model in result.ranked(reference.name)
+            if model.given != reference.given and not _is_a_before(model, result)
+        ]
+        if not ranked:
+            continue
+        places = [
+            f"{model.name} {format_figure(model.mean_kld)} ± {model.mean_kld_stderr:.1g} "
+            f"({format_bytes(model.bytes)})"
+            for model in ranked
+        ]
+        notes = [
+            f" {one.name} and {other.name} cannot be told apart on so few tokens."
+            for one, other in pairwise(ranked)
+            if not _told_apart(one, other)
+        ]
+        sentences.append(
+            f"Nearest to {reference.name}, by mean KLD over the texts: {', '.join(places)}."
+            + "".join(notes)
+        )
+    return sentences
+
+
+def card_cells(result: FidelityResult) -> tuple[list[str], Cells]:
+    """Header and a row per model, nearest first: size, and median and mean KLD of each text."""
+    texts = list(result.models[0].texts)
+    header = ["model", "size", *(f"{text}, {what}" for text in texts for what in _CARD_COLUMNS)]
+    rows = []
+    for reference in result.references:
+        for model in result.ranked(reference.name):
+            figures = [
+                format_figure(value, decimals=True)
+                for text in texts
+                for value in (model.texts[text].kld.median, model.texts[text].kld.mean)
+            ]
+            rows.append([f"{reference.name} → {model.name}", format_bytes(model.bytes), *figures])
+    return header, rows
+
+
+def statistics_cells(result: FidelityResult) -> Cells:
+    """Cells below `STATISTICS_HEADER`, text by text."""
+    return [
+        [text, model.name, *_statistics(model.texts[text])]
+        for text in result.models[0].texts
+        for model in result.models
+    ]
+
+
+def console_cells(result: FidelityResult) -> Cells:
+    """Cells below `CONSOLE_HEADER`, text by text."""
+    rows = []
+    for text in result.models[0].texts:
+        for model in result.models:
+            kld = model.texts[text].kld
+            rows.append(
+                [
+                    text,
+                    model.name,
+                    _with_error(kld.mean, kld.mean_stderr),
+                    *(format_figure(value, decimals=True) for value in (kld.median, kld.p99)),
+                    format_share(kld.same_top),
+                ]
+            )
+    return rows
+
+
+def before_after(result: FidelityResult) -> Iterator[str]:
+    """A sentence per adapter run and text: what training changed, as plain text."""
+    by_name = {model.name: model for model in result.models}
+    for model in result.models:
+        if model.before is None:
+            continue
+        for text, after in model.texts.items():
+            before = by_name[model.before].texts[text]
+            yield (
+                f"{model.name}, {text}: perplexity {format_figure(before.perplexity)} before, "
+                f"{format_figure(after.perplexity)} after; mean KLD to {model.reference} "
+                f"{format_figure(before.kld.mean)} before, {format_figure(after.kld.mean)} after; "
+                f"same top {format_share(before.kld.same_top)} before, "
+                f"{format_share(after.kld.same_top)} after."
+            )
+
+
+def worst_cells(worst: WorstToken) -> list[str]:
+    """Cells below `WORST_HEADER`; words in quotes, so that spaces and line breaks are seen."""
+    return [
+        format_figure(worst.kld, decimals=True),
+        f"{worst.text} {worst.row}:{worst.position}",
+        _quoted(worst.before),
+        _quoted(worst.token),
+        format_figure(worst.reference_probability, decimals=True),
+        format_figure(worst.probability, decimals=True),
+        _quoted(worst.reference_top),
+        _quoted(worst.model_top),
+    ]
+
+
+def self_klds(result: FidelityResult) -> list[tuple[str, str]]:
+    """Label and text of the check that every reference has passed."""
+    return [
+        (f"KLD of {reference.name} to itself", f"{format_figure(reference.self_kld_max)} nats")
+        for reference in result.references
+    ]
+
+
+def fidelity_tables(result: FidelityResult) -> Iterator[str]:
+    """Paragraphs of Markdown: the card's table, all statistics, before and after, worst tokens."""
+    header, rows = card_cells(result)
+    yield _markdown(header, rows, num_left=1)
+    yield inline(LEGEND)
+    yield _markdown(STATISTICS_HEADER, statistics_cells(result), num_left=2)
+    yield "\n".join(f"- {inline(line)}" for line in before_after(result))
+    for model in result.models:
+        if model.worst:
+            yield f"Tokens with the largest KLD of {inline(model.name)}, in their context:"
+            yield _markdown(WORST_HEADER, [worst_cells(each) for each in model.worst])
+
+
+def _markdown(header: Sequence[str], rows: Cells, num_left: int | None = None) -> str:
+    left = len(header) if num_left is None else num_left
+    cells = [[inline(cell) for cell in row] for row in rows]
+    return table([inline(name) for name in header], cells, "l" * left + "r" * (len(header) - left))
+
+
+def _statistics(figures: FidelityText) -> list[str]:
+    kld = figures.kld
+    plain = (kld.median, kld.p90, kld.p95, kld.p99, kld.p999, kld.max, kld.min)
+    return [
+        format_count(figures.tokens),
+        _with_error(kld.mean, kld.mean_stderr),
+        *(format_figure(value, decimals=True) for value in plain),
+        f"{format_share(kld.same_top)} ± {100 * kld.same_top_stderr:.2f}",
+        f"{format_share(kld.rms_dp)} ± {100 * kld.rms_dp_stderr:.2f}",
+        _with_error(figures.perplexity, figures.perplexity_stderr),
+        _with_error(figures.reference_perplexity, figures.reference_perplexity_stderr),
+        _with_error(figures.ratio, figures.ratio_stderr),
+    ]
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{format_figure(value, decimals=True)} ± {error:.1g}"
+
+
+def _quoted(text: str) -> str:
+    return f"“{text}”".replace("\n", "⏎")
+
+
+def _told_apart(one: FidelityModel, other: FidelityModel) -> bool:
+    """Whether two means differ by more than their errors; unpaired, so on the safe side."""
+    error = math.hypot(one.mean_kld_stderr, other.mean_kld_stderr)
+    return abs(one.mean_kld - other.mean_kld) > _SIGNIFICANT_STANDARD_ERRORS * error
+
+
+def _is_a_before(model: FidelityModel, result: FidelityResult) -> bool:
+    return any(other.before == model.name for other in result.models)

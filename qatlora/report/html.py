@@ -1,0 +1,160 @@
+"""`report.html` of a comparison: one page without any outside resource, to be sent around.
+
+Whatever comes from outside (names, texts) is escaped; plots are inline PNGs; bars are plain CSS.
+"""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+
+from qatlora.report.escape import visible
+from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
+from qatlora.report.fidelity_text import (
+    LEGEND,
+    STATISTICS_HEADER,
+    WORST_HEADER,
+    before_after,
+    card_cells,
+    headlines,
+    self_klds,
+    statistics_cells,
+    worst_cells,
+)
+from qatlora.report.formatting import format_bytes, format_figure
+from qatlora.report.results import RunReport
+from qatlora.report.results_fidelity import FidelityModel, FidelityResult
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2em auto; max-width: 76em;
+  padding: 0 1.5em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
+td.l, th.l { text-align: left; }
+.wide { overflow-x: auto; font-size: .88em; } .wide td { white-space: nowrap; }
+.wide td.words { white-space: normal; min-width: 24em; }
+.verdict { font-size: 1.1em; font-weight: 600; border-left: 4px solid #0072b2; padding-left: .8em; }
+.bar { background: #0072b2; height: .8em; display: inline-block; border-radius: 2px; }
+.first .bar { background: #009e73; } .first td { font-weight: 600; }
+.note { color: #555; } img { max-width: 100%; } summary { cursor: pointer; margin: .4em 0; }
+"""
+_MAX_BAR_EM = 22.0
+
+
+def to_html(report: RunReport, plots: Mapping[str, bytes]) -> str:
+    """The page.
+
+    Args:
+        report: a run with a comparison.
+        plots: name -> PNG file of the plots that were drawn.
+    """
+    result = report.fidelity
+    assert result is not None
+    title = f"{report.recipe} on {report.base.name}"
+    sections = [
+        ("", _verdict(result)),
+        ("Which build is nearest", _ranking(result)),
+        ("Median and mean KLD", _table(*card_cells(result), num_left=1)),
+        ("Distribution of the KLD per token", _image(plots, DISTRIBUTION_PLOT)),
+        ("KLD by position in the window", _image(plots, POSITION_PLOT)),
+        ("All statistics", f'<p class="note">{_text(LEGEND)}</p>{_statistics(result)}'),
+        ("Before and after training", _paragraphs(list(before_after(result)))),
+        ("Worst tokens", "".join(_worst(model) for model in result.models if model.worst)),
+        ("How it was measured", _how(report, result)),
+    ]
+    body = [f"<h1>{_text(title)}</h1>"]
+    for heading, content in sections:
+        if content:
+            body += [f"<h2>{heading}</h2>", content] if heading else [content]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _verdict(result: FidelityResult) -> str:
+    return "".join(f'<p class="verdict">{_text(line)}</p>' for line in headlines(result))
+
+
+def _ranking(result: FidelityResult) -> str:
+    """A bar per model, nearest first, its length the mean KLD over the texts."""
+    longest = max((model.mean_kld for model in result.models), default=0.0) or 1.0
+    parts = []
+    for reference in result.references:
+        rows = []
+        for number, model in enumerate(result.ranked(reference.name)):
+            width = _MAX_BAR_EM * model.mean_kld / longest
+            cells = [_text(model.name), _text(format_bytes(model.bytes))]
+            mean = f"{format_figure(model.mean_kld, decimals=True)} ± {model.mean_kld_stderr:.1g}"
+            rows.append(
+                f'<tr{" class=first" if number == 0 else ""}><td class="l">{cells[0]}</td>'
+                f'<td>{cells[1]}</td><td>{_text(mean)}</td><td class="l">'
+                f'<span class="bar" style="width:{width:.2f}em"></span></td></tr>'
+            )
+        parts.append(
+            f'<table><tr><th class="l">against {_text(reference.name)}</th><th>size</th>'
+            f"<th>mean KLD over the texts</th><th></th></tr>{''.join(rows)}</table>"
+        )
+    return "".join(parts)
+
+
+def _statistics(result: FidelityResult) -> str:
+    return _table(STATISTICS_HEADER, statistics_cells(result), num_left=2)
+
+
+def _worst(model: FidelityModel) -> str:
+    rows = [worst_cells(each) for each in model.worst]
+    content = _table(WORST_HEADER, rows, num_left=len(WORST_HEADER), words=(2,))
+    return f"<details open><summary>{_text(model.name)}</summary>{content}</details>"
+
+
+def _how(report: RunReport, result: FidelityResult) -> str:
+    lines = [f"{label}: {value}" for label, value in self_klds(result)]
+    lines.append(
+        f"Windows of {result.window_tokens} tokens, each with BOS where the tokenizer has one; "
+        f"weights and forwards in {result.precision}, logits and softmax summed in float32."
+    )
+    for name, notes in report.data_notes.items():
+        about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in notes.items())
+        lines.append(f"{name}: {about}")
+    lines += [f"{model.name}: given as {model.given}" for model in result.models]
+    lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    return _paragraphs(lines)
+
+
+def _table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    num_left: int,
+    words: Sequence[int] = (),
+) -> str:
+    def kind(column: int) -> str:
+        names = ["l"] * (column < num_left) + ["words"] * (column in words)
+        return f' class="{" ".join(names)}"' if names else ""
+
+    head = "".join(f"<th{kind(i)}>{_text(name)}</th>" for i, name in enumerate(header))
+    lines = [
+        "".join(f"<td{kind(i)}>{_text(cell)}</td>" for i, cell in enumerate(row)) for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _image(plots: Mapping[str, bytes], name: str) -> str:
+    if name not in plots:
+        return ""
+    data = base64.b64encode(plots[name]).decode("ascii")
+    return f'<img alt="{name}" src="data:image/png;base64,{data}">'
+
+
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "".join(f"<p>{_text(line)}</p>" for line in lines)
+
+
+def _text(text: str) -> str:
+    return html.escape(visible(text))
