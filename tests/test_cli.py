@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
