@@ -8,6 +8,8 @@ shown only with QATLORA_TRACEBACK=1.
 
 import contextlib
 import errno
+import gc
+import importlib.util
 import os
 import sys
 import traceback
@@ -24,9 +26,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config_rules import validate
-from qatlora.errors import ConfigError, QatloraError, closest
+from qatlora.errors import ConfigError, QatloraError, SweepFailed, closest
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
+from qatlora.report.results_sweep import SweepResult
+from qatlora.sweep import SweepFolder, gather, record_run
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
 _INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
@@ -34,7 +38,8 @@ _ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, er
 
 _HELP = """\
 Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
-       python -m qatlora -m recipe=NAME adapter.rank=8,16      (a sweep)
+       python -m qatlora -m recipe=NAME adapter.rank=8,16      (a sweep; several runs at a
+                                        time with hydra/launcher=joblib|submitit_slurm|ray)
 
 Recipes (recipe=NAME):
 {recipes}
@@ -59,6 +64,7 @@ def main() -> None:
             return
         register_recipes(shipped("recipes"))
         _check_choices_are_named(arguments)
+        _check_launcher_is_installed(arguments)
         _run_hydra()
     except KeyboardInterrupt:
         _fail("Interrupted; what was written before stays in the run folder.", _INTERRUPTED)
@@ -102,6 +108,22 @@ def _check_choices_are_named(arguments: Sequence[str]) -> None:
         )
 
 
+def _check_launcher_is_installed(arguments: Sequence[str]) -> None:
+    """Refuse a launcher of ours whose package is absent, which Hydra answers with a traceback."""
+    prefix = "hydra/launcher="
+    for name in (one.removeprefix(prefix) for one in arguments if one.startswith(prefix)):
+        path = shipped("conf") / "hydra" / "launcher" / f"{name}.yaml"
+        if not path.is_file():
+            continue  # Hydra's own, or none: Hydra names the choices
+        plugin = ".".join(str(OmegaConf.load(path)["_target_"]).split(".")[:2])
+        if importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(plugin):
+            continue
+        raise ConfigError(
+            f"{prefix}{name} needs a package that is not installed. Add it with: "
+            f"pip install 'qatlora[{name.partition('_')[0]}]'."
+        )
+
+
 def _run_hydra() -> None:
     """Let Hydra parse the command line and call the pipeline once, or once per job of a sweep."""
     # Hydra prints errors its own way unless told to let them through to main().
@@ -109,23 +131,61 @@ def _run_hydra() -> None:
     failures: list[QatloraError | OSError] = []
 
     def task(cfg: DictConfig) -> None:
-        quiet_libraries()  # a launcher may have moved the job into a process of its own
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            _run_job(cfg)
+            return
         try:
             _run_pipeline(cfg)
         except (QatloraError, OSError) as error:
-            if HydraConfig.get().mode is not RunMode.MULTIRUN:
-                failures.append(error)  # raised by Hydra it would print a line of its own
-                return
-            _report_failed_job(error)
-            raise QatloraError(
-                "At least one run of the sweep failed; its message stands above, and the other "
-                "runs took place."
-            ) from error
+            failures.append(error)  # raised by Hydra it would print a line of its own
 
+    SweepFolder.current = None
     conf = str(shipped("conf"))
-    hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(task)()
+    finally:  # an interrupted sweep has a table, too
+        sweep = _end_sweep()
     if failures:
         raise failures[0]
+    if sweep and sweep.num_failed:
+        raise SweepFailed(
+            f"{sweep.num_failed} of the {len(sweep.runs)} runs of the sweep failed; their reasons "
+            f"stand above and in {sweep.folder}/sweep.md."
+        )
+
+
+def _run_job(cfg: DictConfig) -> None:
+    """One run of a sweep, perhaps in a process of its own; it fails without stopping the others."""
+    quiet_libraries()
+    hydra_cfg = HydraConfig.get()
+    number, overrides = hydra_cfg.job.num, list(hydra_cfg.overrides.task)
+
+    def run() -> str | None:
+        try:
+            _run_pipeline(cfg)
+        except Exception as error:
+            explained = _explain(error)
+            if explained is None:
+                traceback.print_exc()  # a bug
+            reason = explained[0] if explained else f"{type(error).__name__}: {error}"
+            name = hydra_cfg.job.override_dirname
+            print(f"run {number} ({name}): {reason}", file=sys.stderr)
+            return reason
+        return None
+
+    record_run(Path(hydra_cfg.runtime.output_dir), number, overrides, run)
+    gc.collect()  # the next run may need the memory of this one's models
+
+
+def _end_sweep() -> SweepResult | None:
+    """Write and show the table of a sweep; None after a single run."""
+    sweep = gather(SweepFolder.current) if SweepFolder.current else None
+    if sweep is not None:
+        from qatlora.report.sweep_table import show, write_sweep  # imports the plots
+
+        write_sweep(sweep)
+        show(sweep)
+    return sweep
 
 
 def _run_pipeline(cfg: DictConfig) -> None:
@@ -141,13 +201,6 @@ def _run_pipeline(cfg: DictConfig) -> None:
     from qatlora.pipeline import run  # imports torch: only for a run that will take place
 
     run(settings)
-
-
-def _report_failed_job(error: QatloraError | OSError) -> None:
-    job = HydraConfig.get().job
-    explained = _explain(error)
-    if explained is not None:
-        print(f"run {job.num} ({job.override_dirname}): {explained[0]}", file=sys.stderr)
 
 
 def _fail(message: str, exit_code: int) -> None:

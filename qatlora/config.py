@@ -21,6 +21,7 @@ STAGES = (
     "preflight",
     "inspect",
     "build",
+    "preview_data",
     "load_data",
     "teacher_cache",
     "load_base",
@@ -39,6 +40,9 @@ STAGES = (
     "report",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
+
+CHAT_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Files that data=files can read."""
 
 
 class Storage(Enum):
@@ -81,10 +85,22 @@ class Precision(Enum):
 
 
 class DataKind(Enum):
-    """Where the conversations come from."""
+    """Where the conversations come from: embedded, JSONL, files by their suffix, or the hub."""
 
     chitchat = "chitchat"
     jsonl = "jsonl"
+    files = "files"
+    hub = "hub"
+
+
+class ChatFormat(Enum):
+    """How records hold a conversation; qatlora/data/formats.py says what each one is."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
 
 
 class TeacherKind(Enum):
@@ -245,7 +261,18 @@ class DataConfig:
 
     kind: DataKind = DataKind.chitchat
     path: str | None = None
-    """JSONL file with one {"messages": [...]} per line, for kind jsonl."""
+    """File for the kinds jsonl and files (.jsonl, .json or .parquet)."""
+    paths: list[str] = field(default_factory=list)
+    """Several files in place of path."""
+    weights: list[float] = field(default_factory=list)
+    """Shares by which training rows come from `paths`; empty: by their numbers of conversations."""
+    hub_id: str | None = None
+    """Data set on the Hugging Face hub, or a folder laid out like one, for kind hub."""
+    hub_split: str = "train"
+    format: ChatFormat = ChatFormat.auto
+    """Layout of the records; auto: as the first one of each set shows."""
+    packing: bool = False
+    """Fill training rows with several conversations, which do not see each other."""
     system_prompt: str | None = None
     """System turn put before every conversation that has none."""
     general: str = "wiki"
@@ -261,6 +288,16 @@ class DataConfig:
     """Texts of those rows (as in general) and their weights; empty: general alone."""
     num_prompts: int = 3
     """Held-out user turns answered before and after training."""
+
+
+@dataclass
+class PreviewConfig:
+    """How much of the conversations the recipe data_preview renders."""
+
+    num_examples: int = 3
+    """Rows shown in full."""
+    max_conversations: int = 1000
+    """Conversations rendered and counted at most; all are read and checked."""
 
 
 @dataclass
@@ -461,6 +498,7 @@ class RootConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -515,6 +553,7 @@ def _settle_paths(root: RootConfig) -> None:
     for section in (root.base, root.adapter, root.data, root.teacher, root.build):
         if section.path is not None:
             section.path = str(Path(section.path).expanduser().absolute())
+    root.data.paths = [str(Path(path).expanduser().absolute()) for path in root.data.paths]
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
     if root.teacher.cache_path is not None:

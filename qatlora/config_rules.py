@@ -12,7 +12,6 @@ from qatlora.config import (
     STAGES,
     AdapterKind,
     BaseConfig,
-    DataKind,
     Effect,
     ExportConfig,
     FidelityConfig,
@@ -24,6 +23,7 @@ from qatlora.config import (
     TrainConfig,
     Trained,
 )
+from qatlora.config_chats import check_chat_source
 from qatlora.config_teacher_rules import check_losses, check_teacher
 from qatlora.errors import ConfigError, closest
 from qatlora.model_spec import parse_models
@@ -35,6 +35,8 @@ _MINIMA = {
     "data.eval_tokens": 1,
     "data.replay_rows_per_step": 0,
     "data.num_prompts": 0,
+    "preview.num_examples": 0,
+    "preview.max_conversations": 1,
     "train.max_steps": 1,
     "train.rows_per_step": 1,
     "train.micro_batch_rows": 1,
@@ -185,19 +187,7 @@ def _check_adapter(cfg: RootConfig) -> None:
 
 def _check_data(cfg: RootConfig) -> None:
     data = cfg.data
-    if data.kind is DataKind.jsonl:
-        if data.path is None:
-            raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
-        if not Path(data.path).is_file():
-            raise ConfigError(
-                f"data.path={data.path}: no such file. Give a JSONL file with "
-                'one {"messages": [...]} per line.'
-            )
-    elif data.path is not None:
-        raise ConfigError(
-            f"data.path={data.path} with data={data.kind.name}: that set comes from a package "
-            "and reads no file. Add data=jsonl, or leave data.path out."
-        )
+    check_chat_source(data)
     for name, weight in data.replay_mix.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(

@@ -55,6 +55,10 @@ class GuardFailed(QatloraError):
     exit_code = 3
 
 
+class SweepFailed(QatloraError):
+    """A run of a sweep failed; the others took place, and the table names the reason."""
+
+
 class TrainError(QatloraError):
     """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
 

@@ -4,8 +4,9 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-benchmark and fidelity are one stage between preflight and report, teacher_cache one after
-load_data. Those stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
+preview_data, benchmark and fidelity are one stage between preflight and report, teacher_cache one
+after load_data. Those stages are in `qatlora.stages`, and there is told where a run's teacher comes
+from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -52,6 +53,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.teacher import (
     batch_teacher,
@@ -101,7 +103,7 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "load_data", "load_base", "fidelity"} & set(cfg.stages):
+    if {"build", "preview_data", "load_data", "load_base", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -256,6 +258,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
     "inspect": inspect,
     "build": build,
+    "preview_data": preview_data,
     "load_data": _load_data,
     "teacher_cache": teacher_cache,
     "load_base": _load_base,

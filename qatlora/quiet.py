@@ -27,5 +27,7 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Renamed arguments inside other libraries.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    # A launcher's own schema checks our file of the same name: deprecated, and welcome.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/", category=UserWarning)
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -42,6 +42,7 @@ from qatlora.report.results import (
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_preview import PreviewResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -66,6 +67,7 @@ class Run:
     data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
     fidelity: FidelityResult | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    preview: PreviewResult | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
     cache_result: CacheResult | None = None
@@ -122,6 +124,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         export=state.export,
         inspect=state.inspection,
+        preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
         fidelity=state.fidelity,

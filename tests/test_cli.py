@@ -1,6 +1,6 @@
+import csv
 import errno
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -86,6 +86,7 @@ def command(pipeline, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         (["recipe=benchmark", "benchmark.methods=[steps]"], ["benchmark.methods", "steps_q4_0"]),
         (["recipe=benchmark", "benchmark.suite=sped"], ["benchmark.suite", "speed, adapters"]),
         (["-m", "recipe=chat_sft", "storage=nf4,q9"], ["storage=q9", "q4_0"]),
+        (["-m", "recipe=chat_sft", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "submitit"]),
     ],
 )
 def test_a_typo_fails_at_once_in_one_paragraph_that_names_key_and_choices(
@@ -178,7 +179,50 @@ def test_a_failed_run_of_a_sweep_is_named_and_does_not_stop_the_others(command, 
     exit_code, message = command("-m", "recipe=chat_sft", "adapter.rank=8,16")
     assert exit_code != 0
     assert "run 0 (adapter.rank=8,recipe=chat_sft): drift." in message
+    assert "1 of the 2 runs of the sweep failed" in message
     assert [run.adapter.rank for run in pipeline.runs] == [8, 16]
+
+
+def test_a_bug_in_one_run_of_a_sweep_shows_its_traceback_and_does_not_stop_the_others(
+    command, pipeline
+):
+    pipeline.fails_with = lambda cfg: ZeroDivisionError("a bug") if cfg.seed == 1 else None
+    exit_code, message = command("-m", "recipe=chat_sft", "seed=1,2")
+    assert exit_code == 1
+    assert "Traceback" in message
+    assert [run.seed for run in pipeline.runs] == [1, 2]
+
+
+def test_the_table_of_a_sweep_has_the_settings_that_differ_and_the_reasons(
+    command, pipeline, tmp_path
+):
+    pipeline.fails_with = lambda cfg: GuardFailed("drift, a lot.") if cfg.seed == 1 else None
+    command("-m", "recipe=chat_sft", "adapter.rank=8,16", "seed=1,2", "run_dir=sweep")
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["adapter.rank"], row["seed"]) for row in rows] == [
+        ("8", "1"), ("8", "2"), ("16", "1"), ("16", "2"),
+    ]  # fmt: skip
+    assert [row["status"] for row in rows] == ["failed", "finished"] * 2
+    assert [row["reason"] for row in rows] == ["drift, a lot.", ""] * 2
+    assert "recipe" not in rows[0]
+    assert "2 of 4 runs finished" in (tmp_path / "sweep" / "sweep.md").read_text()
+
+
+def test_an_interrupted_sweep_has_a_table_of_the_runs_that_began(command, pipeline, tmp_path):
+    pipeline.fails_with = lambda cfg: KeyboardInterrupt() if cfg.seed == 2 else None
+    exit_code, _ = command("-m", "recipe=chat_sft", "seed=1,2,3", "run_dir=sweep")
+    assert exit_code == 128 + signal.SIGINT
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", "unfinished"]
+
+
+def test_a_sweep_in_the_folder_of_an_earlier_one_takes_nothing_over(command, pipeline, tmp_path):
+    command("-m", "recipe=chat_sft", "seed=1,2,3", "run_dir=sweep")
+    command("-m", "recipe=chat_sft", "seed=4,5", "run_dir=sweep")
+    with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["4", "5"]
 
 
 def test_all_runs_of_a_sweep_share_one_folder_named_after_the_recipe(command, pipeline, tmp_path):
@@ -191,7 +235,7 @@ def test_help_lists_recipes_with_purposes_and_groups_with_choices(command, monke
     monkeypatch.setattr(sys, "argv", ["qatlora", "--help"])
     main()
     text = capsys.readouterr().out
-    assert re.search(r"chat_sft +Fine-tune on chats", text)
+    assert "chat_sft Fine-tune on chats" in " ".join(text.split())
     assert all(path.stem in text for path in shipped("recipes").glob("*.yaml"))
     groups = text.partition("Groups (GROUP=CHOICE)")[2].splitlines()
     for path in shipped("conf").glob("*/*.yaml"):

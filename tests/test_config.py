@@ -10,6 +10,8 @@ from qatlora.__main__ import register_recipes
 from qatlora.config import (
     STAGES,
     AdapterKind,
+    ChatFormat,
+    DataConfig,
     DataKind,
     DivergenceKind,
     RootConfig,
@@ -32,11 +34,13 @@ CHOICES = sorted(
 REMEDY = r"\b(set|use|give|add|raise|change|choose|correct|reorder|did you mean|must be)\b"
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, keep_hydra: bool = False) -> DictConfig:
     register_recipes(shipped("recipes"))
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
         cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    if keep_hydra:
+        return cfg
     with open_dict(cfg):
         del cfg["hydra"]  # as Hydra does before it calls the run
     cfg.run_dir = "runs/test"
@@ -172,6 +176,44 @@ def test_jsonl_data_needs_a_file(valid, tmp_path):
     for path in (None, str(tmp_path / "absent.jsonl"), str(tmp_path)):
         with pytest.raises(ConfigError, match=r"data\.path=.*JSONL|give data\.path="):
             validate(change(jsonl, "data.path", path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "words"),
+    [
+        (DataKind.files, {"path": "chats.csv"}, "by its suffix, one of .jsonl, .json, .parquet"),
+        (DataKind.files, {"path": "a.jsonl", "paths": ["a.jsonl"]}, "data.paths together"),
+        (DataKind.files, {"paths": ["a.jsonl"], "weights": [0.0]}, "greater than 0"),
+        (DataKind.files, {"paths": ["a.jsonl", "a.jsonl"]}, "named twice"),
+        (DataKind.files, {"paths": ["a.jsonl"], "weights": [1.0, 2.0]}, "one weight per file"),
+        (DataKind.files, {"paths": ["a.jsonl", "absent.jsonl"]}, "absent.jsonl: no such"),
+        (DataKind.files, {"path": "a.jsonl", "hub_id": "x/y"}, "data.hub_id=x/y with data=files"),
+        (DataKind.hub, {}, "data=hub without data.hub_id"),
+        (DataKind.hub, {"hub_id": "x/y", "path": "a.jsonl"}, "with data=hub"),
+        (DataKind.chitchat, {"paths": ["a.jsonl"]}, "data=chitchat"),
+        (DataKind.chitchat, {"format": ChatFormat.alpaca}, "data.format=alpaca"),
+    ],
+)
+def test_each_kind_of_data_has_its_own_keys(valid, tmp_path, monkeypatch, kind, keys, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "chats.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError) as refused:
+        validate(dataclasses.replace(valid, data=DataConfig(kind=kind, **keys)))
+    assert words in str(refused.value)
+    assert re.search(REMEDY, str(refused.value).lower())
+
+
+def test_several_files_are_given_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    names = ("a.jsonl", "sub/b-2.parquet")
+    for name in names:
+        (tmp_path / name).touch()
+    root = settings("data=files", "data.paths=[a.jsonl,sub/b-2.parquet]", "data.weights=[2,0.5]")
+    validate(root)
+    assert root.data.paths == [str(tmp_path / name) for name in names]
+    assert root.data.weights == [2.0, 0.5]
 
 
 def test_exporting_without_training_needs_a_saved_adapter(valid):

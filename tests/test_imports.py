@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "llamacpp": {"registry"},
     "config": set(),
     "model_spec": set(),
+    "config_chats": {"config"},
     "config_teacher_rules": {"config"},
-    "config_rules": {"config", "config_teacher_rules", "model_spec"},
+    "config_rules": {"config", "config_chats", "config_teacher_rules", "model_spec"},
     "base": {"config", "grid", "llamacpp", "registry", "progress"},
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
@@ -65,7 +66,8 @@ MAY_IMPORT = {
     "stages": None,  # stages of single recipes, part of the main path
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
-    "__main__": {"config", "config_rules", "pipeline", "quiet"},
+    "sweep": set(),
+    "__main__": {"config", "config_rules", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
@@ -81,9 +83,11 @@ WITHOUT_TORCH = (
     "paths",
     "registry",
     "config",
+    "config_chats",
     "model_spec",
     "config_rules",
     "config_teacher_rules",
+    "sweep",
     "__main__",
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}

@@ -1,31 +1,27 @@
-"""Conversations from a JSONL file: one `{"messages": [{"role", "content"}, ...]}` per line.
+"""Sets of conversations: what all of them can do, and the user's own, in files and tables.
 
 Two passes, so that a file of gigabytes is neither held in memory nor found broken after an hour of
-training: the first reads every line, checks it and keeps 24 bytes of it (its number, where it
-begins and a digest of what it says); the second reads single conversations by seeking, when they
-are needed.
+training: the first reads every record, checks it and keeps 24 bytes of it (its number, its key and
+a digest of what it says); the second reads single conversations when they are needed.
 """
 
-import hashlib
-import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Protocol
 
+from qatlora.config import ChatFormat
+from qatlora.data.formats import conversation_of, detected_format
+from qatlora.data.messages import (
+    MESSAGES_EXAMPLE,
+    Conversation,
+    Place,
+    check_order,
+    conversation_digest,
+)
+from qatlora.data.records import Records
 from qatlora.data.templates import TurnRules
 from qatlora.errors import DataError
-
-Message = dict[str, str]
-Conversation = list[Message]
-
-ROLES = ("system", "user", "assistant")
-
-_MAX_LINE_BYTES = 64 << 20
-_EXAMPLE = (
-    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-)
 
 
 class Chats(Protocol):
@@ -39,6 +35,11 @@ class Chats(Protocol):
     @property
     def licence(self) -> str:
         """Licence of the text."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """How the set is laid out."""
         ...
 
     @property
@@ -61,24 +62,31 @@ class Chats(Protocol):
 
 
 @dataclass(frozen=True)
-class ChatFile:
-    """A checked JSONL file (see `Chats`); conversations are read from disk when asked for."""
+class OwnChats:
+    """Checked records (see `Chats`); conversations are read from disk when asked for."""
 
-    path: Path
-    offsets: "array[int]"
-    digests: "array[int]"
-    line_numbers: "array[int]"
+    records: Records
+    chat_format: ChatFormat
+    unit: str
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    numbers: "array[int]" = field(default_factory=lambda: array("Q"))
     licence: str = "the user's own"
     dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The file's path."""
-        return str(self.path)
+        """The file's path or the data set's id."""
+        return self.records.name
+
+    @property
+    def format(self) -> str:
+        """Name of the format, as in data.format."""
+        return self.chat_format.name
 
     def __len__(self) -> int:
         """Number of conversations."""
-        return len(self.offsets)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> Conversation:
         """Read conversation `index` again.
@@ -86,10 +94,9 @@ class ChatFile:
         Raises:
             DataError: the file has changed since it was checked.
         """
-        place = _Place(self.path, self.line_numbers[index])
-        with _open(self.path) as handle:
-            handle.seek(self.offsets[index])
-            conversation = _messages(handle.readline(_MAX_LINE_BYTES), place)
+        place = Place(self.name, self.unit, self.numbers[index])
+        record = self.records.read(self.keys[index], place)
+        conversation = conversation_of(record, self.chat_format, place)
         if conversation_digest(conversation) != self.digests[index]:
             place.refuse(
                 "this conversation is not what it was when the file was checked",
@@ -98,175 +105,33 @@ class ChatFile:
         return conversation
 
 
-def open_chats(path: Path, rules: TurnRules) -> ChatFile:
-    """Check every line of a JSONL file; empty lines are passed over.
+def open_chats(
+    records: Records, rules: TurnRules, chat_format: ChatFormat = ChatFormat.auto
+) -> OwnChats:
+    """Check every record.
 
     Args:
-        path: the file.
+        records: of a file or a table.
         rules: which orders of roles the chat template renders.
+        chat_format: how the records are laid out; auto: as the first one shows.
 
     Raises:
-        DataError: the first thing that is wrong, with file and line number.
+        DataError: the first thing that is wrong, with file and line.
     """
-    chats = ChatFile(path, array("Q"), array("Q"), array("Q"))
-    with _open(path) as handle:
-        for place, offset, line in _lines(handle, path):
-            conversation = _messages(line, place)
-            _check_order(conversation, rules, place)
-            chats.offsets.append(offset)
-            chats.digests.append(conversation_digest(conversation))
-            chats.line_numbers.append(place.line_number)
-    if not chats:
+    chats: OwnChats | None = None
+    for place, key, record in records.scan():
+        if chats is None:
+            if chat_format is ChatFormat.auto:
+                chat_format = detected_format(record, place)
+            chats = OwnChats(records, chat_format, place.unit)
+        conversation = conversation_of(record, chats.chat_format, place)
+        check_order(conversation, rules, place)
+        chats.keys.append(key)
+        chats.digests.append(conversation_digest(conversation))
+        chats.numbers.append(place.number)
+    if chats is None:
         raise DataError(
-            f"{path} holds no conversation. Each line must be one JSON object like {_EXAMPLE}."
+            f"{records.name} holds no conversation. Each record must be one JSON object like "
+            f"{MESSAGES_EXAMPLE}."
         )
     return chats
-
-
-@dataclass(frozen=True)
-class _Place:
-    path: Path
-    line_number: int
-
-    def refuse(self, found: str, remedy: str) -> NoReturn:
-        raise DataError(f"{self.path}, line {self.line_number}: {found}. {remedy}")
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"The conversations in {path} cannot be read: {reason}. data.path must name a JSONL "
-            f"file whose lines look like {_EXAMPLE}."
-        ) from error
-
-
-def _lines(handle: BinaryIO, path: Path) -> Iterator[tuple[_Place, int, bytes]]:
-    offset = 0
-    line_number = 0
-    while line := handle.readline(_MAX_LINE_BYTES + 1):
-        line_number += 1
-        place = _Place(path, line_number)
-        if len(line) > _MAX_LINE_BYTES:
-            place.refuse(
-                f"the line is longer than {_MAX_LINE_BYTES >> 20} MiB, so this is hardly JSONL",
-                "Write one conversation per line.",
-            )
-        if line.strip():
-            yield place, offset, line
-        offset += len(line)
-
-
-def _messages(line: bytes, place: _Place) -> Conversation:
-    """Checked messages of one line, up to its last assistant turn."""
-    record = _parse(line, place)
-    if not isinstance(record, dict):
-        place.refuse(f"a JSON {_kind(record)} where an object is needed", f"Write {_EXAMPLE}.")
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        keys = ", ".join(repr(key) for key in list(record)[:6]) or "none"
-        place.refuse(
-            f"no list 'messages' (the object's keys: {_shortened(keys)})", f"Write {_EXAMPLE}."
-        )
-    conversation = [_message(raw, number, place) for number, raw in enumerate(messages, 1)]
-    while conversation and conversation[-1]["role"] != "assistant":
-        conversation.pop()  # nobody answers these: nothing in them is trained
-    if not conversation:
-        place.refuse(
-            "no message with the role 'assistant'",
-            "The loss is on the assistant's words, so each conversation needs at least one; "
-            "remove the line or add the answer.",
-        )
-    return conversation
-
-
-def _parse(line: bytes, place: _Place) -> Any:
-    try:
-        text = line.decode("utf-8-sig" if place.line_number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        place.refuse(
-            f"byte {error.start} is not UTF-8 text",
-            "A compressed or binary file must be unpacked, another encoding converted first.",
-        )
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place.refuse(
-            f"not JSON ({error.msg} at column {error.colno}: {_shortened(text.strip())!r})",
-            "Each line must be one whole JSON object; a list over many lines or an indented object "
-            f"must be rewritten as {_EXAMPLE}.",
-        )
-    except (ValueError, RecursionError) as error:  # an endless number; brackets without end
-        place.refuse(f"JSON that cannot be read ({_shortened(str(error))})", f"Write {_EXAMPLE}.")
-
-
-def _message(raw: Any, number: int, place: _Place) -> Message:
-    if not isinstance(raw, dict):
-        place.refuse(
-            f"message {number} is a JSON {_kind(raw)}, not an object", f"Write {_EXAMPLE}."
-        )
-    role, content = raw.get("role"), raw.get("content")
-    if role not in ROLES:
-        found = f"the unknown role {_shortened(repr(role))}" if "role" in raw else "no 'role'"
-        place.refuse(
-            f"message {number} has {found}",
-            f"Allowed are {', '.join(ROLES)}; tool calls are not supported.",
-        )
-    if isinstance(content, list):
-        place.refuse(
-            f"message {number} has a list as content",
-            "Only text is supported, no images or parts: make 'content' one string.",
-        )
-    if not isinstance(content, str):
-        found = f"a JSON {_kind(content)} as content" if "content" in raw else "no 'content'"
-        place.refuse(f"message {number} has {found}", "'content' must be a string.")
-    if not content.strip():
-        place.refuse(f"message {number} ({role}) is empty", "Write its text or remove the line.")
-    if any("\ud800" <= letter <= "\udfff" for letter in content):
-        place.refuse(
-            f"message {number} holds half a surrogate pair, which is no character",
-            "Write the \\u escapes of an emoji in pairs, or the emoji itself.",
-        )
-    return {"role": role, "content": content}
-
-
-def _check_order(conversation: Conversation, rules: TurnRules, place: _Place) -> None:
-    roles = [message["role"] for message in conversation]
-    if "system" in roles[1:]:
-        number = roles.index("system", 1) + 1
-        place.refuse(
-            f"message {number} is a system message", "A system message must be the first one."
-        )
-    if roles[0] == "system" and not rules.system:
-        place.refuse(
-            "a system message, which the base's chat template cannot render",
-            "Put its text at the head of the first user message.",
-        )
-    first = 1 if roles[0] == "system" else 0
-    if not rules.alternating:
-        return
-    for index, role in enumerate(roles[first:], first):
-        expected = ("user", "assistant")[(index - first) % 2]
-        if role != expected:
-            place.refuse(
-                f"message {index + 1} has the role {role!r} where {expected!r} is due",
-                "The base's chat template renders only turns that alternate, the user first; join "
-                "consecutive messages of one role.",
-            )
-
-
-def conversation_digest(conversation: Conversation) -> int:
-    """64 bits that depend on roles and words only (blake2b)."""
-    said = json.dumps([[message["role"], message["content"]] for message in conversation])
-    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "big")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _shortened(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qatlora.data.chats import Conversation, conversation_digest
+from qatlora.data.messages import Conversation, conversation_digest
 from qatlora.errors import DataError
 
 MIN_TURNS = 8
@@ -37,6 +37,7 @@ class ChitChat:
     dropped: dict[str, int]
     name: str = "chitchat-dataset (Chit-Chat Challenge of Brigham Young University, 2018)"
     licence: str = "MIT"
+    format: str = "chitchat-dataset"
 
     def __len__(self) -> int:
         """Number of conversations."""

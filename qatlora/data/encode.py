@@ -14,12 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qatlora.data.chats import Conversation
+from qatlora.data.messages import Conversation, strings_in, tools_of
 from qatlora.data.rows import IGNORED, Row
 from qatlora.errors import DataError
 
@@ -49,11 +49,13 @@ class Encoded:
         row: None if the conversation had to be left out.
         dropped: the reason, if so.
         num_cut_tokens: tokens that did not fit into the row.
+        num_tokens: up to the end of the last answer, uncut; 0 where nothing was rendered.
     """
 
     row: Row | None
     dropped: str | None = None
     num_cut_tokens: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,20 @@ class ChatEncoder:
         """The conversation with the system prompt in front, if it has no system message."""
         if self.system_prompt is None or conversation[0]["role"] == "system":
             return conversation
-        return [{"role": "system", "content": self.system_prompt}, *conversation]
+        system = {"role": "system", "content": self.system_prompt}
+        tools = tools_of(conversation)  # they belong to the first message
+        return [system | ({"tools": tools} if tools else {}), *conversation]
 
     def spells_control_token(self, conversation: Conversation) -> bool:
         """Whether a message holds the text of a token that only the template may write."""
         pattern = self._control_tokens
-        return any(pattern.search(message["content"]) for message in conversation)
+        return any(
+            pattern.search(text)
+            for message in conversation
+            for key, value in message.items()
+            if key != "role"
+            for text in strings_in(value)
+        )
 
     def count_tokens(self, conversation: Conversation) -> int:
         """Tokens of the rendered conversation, BOS included, uncut."""
@@ -134,18 +144,21 @@ class ChatEncoder:
 
     def _tokens(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[int]]]:
         """Ids and assistant mask of each whole conversation, BOS in front where it belongs."""
-        if not conversations:
-            return []
-        encoded: Any = self.tokenizer.apply_chat_template(
-            [self.with_system_prompt(each) for each in conversations],
-            chat_template=self.template,
-            return_dict=True,
-            **self.options,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},  # no warning about lengths that are cut later
-        )
-        pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        return [self._with_bos(ids, mask) for ids, mask in pairs]
+        rows: list[tuple[list[int], list[int]]] = []
+        whole = [self.with_system_prompt(each) for each in conversations]
+        for tools, group in groupby(whole, key=tools_of):  # a batch shares its definitions
+            encoded: Any = self.tokenizer.apply_chat_template(
+                list(group),
+                chat_template=self.template,
+                tools=tools,
+                return_dict=True,
+                **self.options,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},  # no warning about lengths that are cut later
+            )
+            pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+            rows += [self._with_bos(ids, mask) for ids, mask in pairs]
+        return rows
 
     def _with_bos(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
         bos = self.tokenizer.bos_token_id
@@ -166,10 +179,10 @@ class ChatEncoder:
         # Without a whole answer its beginning is used: still the assistant's own words.
         length = whole_turns[-1] if whole_turns else limit
         if not any(mask[1:length]):
-            return Encoded(None, NO_ANSWER_FITS)
+            return Encoded(None, NO_ANSWER_FITS, num_tokens=ends[-1] if ends else len(ids))
         labels = [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
         row = Row(ids[:length], labels[:length], "chat")
-        return Encoded(row, num_cut_tokens=ends[-1] - length)
+        return Encoded(row, num_cut_tokens=ends[-1] - length, num_tokens=ends[-1])
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

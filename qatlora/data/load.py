@@ -8,21 +8,20 @@ Every step gets the same mixture: `rows_per_step - replay_rows_per_step` chat ro
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qatlora import registry
 from qatlora.config import DataConfig, DataKind
-from qatlora.data.chats import Chats, open_chats
-from qatlora.data.chitchat import open_chitchat
+from qatlora.data.chats import Chats
 from qatlora.data.course import ChatCourse
 from qatlora.data.encode import ChatEncoder
-from qatlora.data.mix import MixedText, mixed_rows
+from qatlora.data.mix import MixedText, mixed_rows, spread
 from qatlora.data.prompts import choose_prompts
 from qatlora.data.rows import Batches, Row, Text
-from qatlora.data.templates import TurnRules, training_template, turn_rules
+from qatlora.data.sources import ChatMixture, open_conversations
+from qatlora.data.templates import training_template, turn_rules
 from qatlora.data.text import GeneralText, held_out_rows, open_general
 from qatlora.errors import ConfigError, DataError
 
@@ -61,14 +60,15 @@ def load_data(
     general = open_general(settings.general, registry.locate)
     training, held_out = split_conversations(chats, settings.eval_rows)
 
-    split_long = settings.kind is DataKind.chitchat
-    course = ChatCourse(chats, encoder, split_long)
-    chat_rows = course.training_rows(training, max_steps * num_chat_rows, seed)
+    course = ChatCourse(chats, encoder, cuts_long(settings), settings.packing)
+    chat_rows = weighted_rows(course, training, max_steps * num_chat_rows, seed)
     texts_of_replay = _open_mix(settings, general)
     replay = mixed_rows(texts_of_replay, tokenizer, max_length, max_steps * num_replay_rows, seed)
     train = interleave(chat_rows, replay, max_steps)
 
-    task = ChatCourse(chats, encoder, split_long).held_out_rows(held_out, settings.eval_tokens)
+    task = ChatCourse(chats, encoder, cuts_long(settings)).held_out_rows(
+        held_out, settings.eval_tokens
+    )
     kept = held_out_rows(general, tokenizer, max_length, settings.eval_tokens)
     texts = [Text("task", task), Text("general", kept)]
     unseen = (chats[index] for index in held_out)
@@ -106,6 +106,24 @@ def split_conversations(chats: Chats, max_held_out: int) -> tuple[list[int], lis
     return training, [held_out[digest] for digest in different[:num_held_out]]
 
 
+def cuts_long(settings: DataConfig) -> bool:
+    """Whether a long conversation becomes several rows: talk without a task bears it."""
+    return settings.kind is DataKind.chitchat
+
+
+def weighted_rows(
+    course: ChatCourse, training: Sequence[int], num_rows: int, seed: int
+) -> list[Row]:
+    """`num_rows` rows of the conversations `training`, each set by its weight, spread evenly."""
+    mixture = course.chats
+    order = spread(mixture.weights, num_rows)
+    rows = [
+        iter(course.training_rows(indices, order.count(number), seed))
+        for number, indices in enumerate(mixture.by_part(training))
+    ]
+    return [next(rows[number]) for number in order]
+
+
 def interleave(chat: Sequence[Row], replay: Sequence[Row], num_steps: int) -> list[Row]:
     """One list of rows in which every step has the same number of both kinds, chats first."""
     num_chat, num_replay = len(chat) // num_steps, len(replay) // num_steps
@@ -137,25 +155,6 @@ def _num_chat_rows(settings: DataConfig, rows_per_step: int) -> int:
     return num_chat_rows
 
 
-def open_conversations(settings: DataConfig, rules: TurnRules) -> Chats:
-    """The conversations that the settings name.
-
-    Raises:
-        ConfigError: the settings contradict each other or the template.
-        DataError: a line of the file will not do.
-    """
-    if settings.system_prompt is not None and not rules.system:
-        raise ConfigError(
-            "data.system_prompt is set, but the base's chat template cannot render a system "
-            "message. Leave it out, or put its text at the head of the first user messages."
-        )
-    if settings.kind is DataKind.chitchat:
-        return open_chitchat(registry.locate("chitchat-dataset"))
-    if settings.path is None:
-        raise ConfigError("data=jsonl without data.path: give data.path=FILE.jsonl.")
-    return open_chats(Path(settings.path).expanduser(), rules)
-
-
 def _open_mix(settings: DataConfig, general: GeneralText) -> list[MixedText]:
     """The texts of the replay rows, each without its own held-out part."""
     if not settings.replay_mix:
@@ -171,16 +170,30 @@ def _open_mix(settings: DataConfig, general: GeneralText) -> list[MixedText]:
 
 
 def _about_chats(course: ChatCourse, num_held_out: int) -> dict[str, Any]:
+    chats = course.chats
     return {
-        "name": course.chats.name,
-        "licence": course.chats.licence,
-        "conversations": len(course.chats),
+        "name": chats.name,
+        "format": chats.format,
+        "licence": chats.licence,
+        "conversations": len(chats),
         "held_out": num_held_out,
         "used": course.num_used,
         "epochs": course.num_epochs,
         "cut_tokens": course.num_cut_tokens,
-        "dropped": dict(course.chats.dropped),
+        "dropped": dict(chats.dropped),
         "dropped_while_encoding": dict(course.dropped),
+    } | _about_parts(chats)
+
+
+def _about_parts(chats: ChatMixture) -> dict[str, Any]:
+    """The sets of a mixture by name; nothing where there is one."""
+    if len(chats.parts) == 1:
+        return {}
+    return {
+        "files": {
+            part.name: {"format": part.format, "conversations": len(part), "weight": weight}
+            for part, weight in zip(chats.parts, chats.weights, strict=True)
+        }
     }
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qatlora import registry
-from qatlora.config import DataConfig, DataKind
+from qatlora.config import DataConfig
 from qatlora.data.chats import Chats
 from qatlora.data.course import ChatCourse
 from qatlora.data.encode import ChatEncoder
-from qatlora.data.load import count, open_conversations
+from qatlora.data.load import count, cuts_long
 from qatlora.data.rows import Row, Text, first_rows
+from qatlora.data.sources import open_conversations
 from qatlora.data.templates import training_template, turn_rules
 from qatlora.data.text import open_general, windows
 from qatlora.errors import DataError
@@ -90,7 +91,7 @@ def _chat_texts(
 
     def rows(**options: bool) -> list[Row]:
         encoder = ChatEncoder(tokenizer, template, window_tokens, data.system_prompt, options)
-        course = ChatCourse(chats, encoder, split_long=data.kind is DataKind.chitchat)
+        course = ChatCourse(chats, encoder, cuts_long(data))
         found = first_rows(course.encoded(list(_held_out_first(chats))), num_tokens)
         if not found:
             raise course.nothing_left("measured", "fidelity.window_tokens")

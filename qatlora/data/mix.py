@@ -1,4 +1,4 @@
-"""Several general texts in one sequence of rows, in the proportion of their weights."""
+"""Rows of several parts in one sequence, in the proportion of the parts' weights."""
 
 import random
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def mixed_rows(
     Raises:
         DataError: a text does not fill one window.
     """
-    order = _spread([part.weight for part in mix], num_rows)
+    order = spread([part.weight for part in mix], num_rows)
     rows = [
         iter(
             replay_rows(
@@ -53,8 +53,8 @@ def mixed_rows(
     return [next(rows[number]) for number in order]
 
 
-def _spread(weights: Sequence[float], num_rows: int) -> list[int]:
-    """Which text each row comes from: always the one that lags furthest behind its share."""
+def spread(weights: Sequence[float], num_rows: int) -> list[int]:
+    """Which part each row comes from: always the one that lags furthest behind its share."""
     total = sum(weights)
     taken = [0] * len(weights)
     order = []

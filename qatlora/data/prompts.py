@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterable
 
-from qatlora.data.chats import Conversation
 from qatlora.data.encode import ChatEncoder
+from qatlora.data.messages import Conversation
 
 _MIN_QUESTION_CHARACTERS = 40
 _MAX_LENGTH_SHARE = 0.5

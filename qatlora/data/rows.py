@@ -14,18 +14,20 @@ Source = Literal["chat", "general"]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence of tokens.
+    """A sequence of tokens, or several that do not see each other.
 
     Attributes:
         input_ids: token ids, unpadded.
         labels: as long as `input_ids`; `labels[i]` is the token AT position i, or `IGNORED`. The
             shift by one position happens in the loss.
         source: "chat" (loss on the assistant's tokens) or "general" (loss on every token).
+        starts: where each sequence begins; positions count from there.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: Source
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -34,9 +36,11 @@ class Row:
 
     @property
     def key(self) -> bytes:
-        """Digest of tokens and labels, 16 bytes: what a teacher cache finds a row by."""
-        content = array("i", self.input_ids).tobytes() + array("i", self.labels).tobytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
+        """Digest of tokens, labels and starts, 16 bytes: what a teacher cache finds a row by."""
+        digest = hashlib.blake2b(digest_size=16)
+        for numbers in (self.input_ids, self.labels, self.starts):
+            digest.update(array("i", numbers).tobytes())
+        return digest.digest()
 
 
 def text_key(rows: Iterable[Row]) -> str:
@@ -79,5 +83,5 @@ class Batches:
 
     train: list[Row]
     texts: list[Text]
-    prompts: list[list[dict[str, str]]]
+    prompts: list[list[dict[str, Any]]]
     notes: dict[str, Any]

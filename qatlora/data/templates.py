@@ -19,6 +19,7 @@ transformers' sandboxed `apply_chat_template`.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,24 @@ _PROBES: list[list[dict[str, str]]] = [
 ]
 
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find_depth",
+        "description": "Depth of a lake in metres.",
+        "parameters": {"type": "object", "properties": {"lake": {"type": "string"}}},
+    },
+}
+_CALL = {"type": "function", "function": {"name": "find_depth", "arguments": {"lake": "Baikal"}}}
+_TOOL_TALK: list[dict[str, Any]] = [
+    _USER,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "name": "find_depth", "content": "1642"},
+    _ASSISTANT,
+]
+_TOOL_WORDS = ("find_depth", "Depth of a lake in metres.", "Baikal", "1642")
+
+
 @dataclass(frozen=True)
 class TurnRules:
     """Which orders of roles a template can render; found by trying them.
@@ -50,10 +69,12 @@ class TurnRules:
     Attributes:
         system: a system message may come first.
         alternating: after it, user and assistant must take turns, the user first.
+        tools: definitions of functions, calls of them and their results are all rendered.
     """
 
     system: bool
     alternating: bool
+    tools: bool = False
 
 
 def shipped_templates() -> tuple[str, ...]:
@@ -147,14 +168,28 @@ def turn_rules(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnRules:
         return render(tokenizer, template, list(conversation)) is not None
 
     unordered = renders(_USER, _USER, _ASSISTANT) and renders(_ASSISTANT, _USER, _ASSISTANT)
-    return TurnRules(system=renders(_SYSTEM, _USER, _ASSISTANT), alternating=not unordered)
+    return TurnRules(
+        system=renders(_SYSTEM, _USER, _ASSISTANT),
+        alternating=not unordered,
+        tools=_renders_tools(tokenizer, template),
+    )
+
+
+def _renders_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether nothing of a call gets lost: many templates leave out silently what they ignore."""
+    try:
+        text = render(tokenizer, template, _TOOL_TALK, tools=[_TOOL])
+    except DataError:  # what it does not know may also make it fail
+        return False
+    return text is not None and all(word in text for word in _TOOL_WORDS)
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    conversation: list[dict[str, str]],
+    conversation: list[dict[str, Any]],
     add_generation_prompt: bool = False,
+    tools: list[Any] | None = None,
 ) -> str | None:
     """Text of a conversation; None if the template refuses it.
 
@@ -165,6 +200,7 @@ def render(
         text = tokenizer.apply_chat_template(
             conversation,
             chat_template=template,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

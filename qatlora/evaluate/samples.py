@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ _END_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<turn|>")
 def answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[list[dict[str, Any]]],
     max_new_tokens: int,
 ) -> list[str]:
     """Answer the conversations greedily, all in one batch, through the tokenizer's chat template.
@@ -22,7 +23,7 @@ def answers(
     Args:
         model: a causal LM with `generate`.
         tokenizer: with a chat template.
-        prompts: conversations that end with a user turn.
+        prompts: conversations that end with a user turn; the first message may carry `tools`.
         max_new_tokens: length limit of an answer.
     """
     vocabulary = tokenizer.get_vocab()
@@ -30,7 +31,12 @@ def answers(
     stops |= {tokenizer.eos_token_id}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
+        tokenizer.apply_chat_template(
+            list(prompt),
+            tools=prompt[0].get("tools"),
+            add_generation_prompt=True,
+            return_dict=True,
+        )
         for prompt in prompts
     ]
     inputs = _left_padded([row["input_ids"] for row in rows], pad)

@@ -55,7 +55,10 @@ class StatesBatch:
 
 
 def final_hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Run the decoder up to its final norm: what lm_head takes in.
 
@@ -63,12 +66,18 @@ def final_hidden_states(
         model: Hugging Face causal LM; plain, wrapped by PEFT, or the text side of a multimodal one.
         input_ids: [N, L] int64 on the model's device.
         attention_mask: [N, L], 0 for padding; None for none.
+        position_ids: [N, L], without a mask: a new sequence begins wherever they do not go on.
 
     Returns:
         [N, L, H], with a graph if gradients are enabled; no logits are computed.
     """
     decoder = _decoder(model)
-    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    output = decoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+    )
     hidden: Tensor = output.last_hidden_state
     return hidden
 

@@ -13,7 +13,14 @@ from qatlora.report.escape import visible
 from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.preview_text import (
+    LENGTH_HEADER,
+    example_title,
+    highlighted,
+    length_rows,
+)
 from qatlora.report.results import GuardResult, InspectResult, RunReport
+from qatlora.report.results_preview import PreviewResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -27,14 +34,16 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_score_table(rows))
     if report.inspect:
         parts.append(_inspect_table(report.inspect))
+    if report.preview:
+        parts += _preview_parts(report.preview)
     if report.benchmark:
-        parts.append(_plain_table("benchmark", *benchmark_cells(report.benchmark)))
+        parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark)))
     if report.teacher_cache:
         rows = cache_rows(report.teacher_cache)
-        parts.append(_plain_table("held-out text", CACHE_HEADER, rows))
+        parts.append(plain_table("held-out text", CACHE_HEADER, rows))
     if report.fidelity:
         cells = console_cells(report.fidelity)
-        parts.append(_plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
+        parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     outcome = verdict(report)
@@ -71,10 +80,20 @@ def _inspect_table(result: InspectResult) -> Table:
     return table
 
 
-def _plain_table(
+def _preview_parts(result: PreviewResult) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for number, example in enumerate(result.examples, 1):
+        parts += [Text(example_title(example, number), style="bold"), highlighted(example), Text()]
+    return [
+        *parts,
+        plain_table("lengths up to the last answer", LENGTH_HEADER, length_rows(result)),
+    ]
+
+
+def plain_table(
     title: str, header: Sequence[str], rows: list[list[str]], num_left: int = 1
 ) -> Table:
-    """The first columns to the left, figures to the right."""
+    """A table whose first columns stand to the left, figures to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
         justify: JustifyMethod = "left" if index < num_left else "right"

@@ -48,6 +48,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "guard": parts.pop("guard"),
         "export": parts.pop("export"),
         "inspect": parts.pop("inspect"),
+        "preview": parts.pop("preview"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
         "fidelity": parts.pop("fidelity"),

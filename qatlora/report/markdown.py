@@ -31,6 +31,8 @@ from qatlora.report.inspect_plot import INSPECT_PLOT
 from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
+from qatlora.report.preview_plot import LENGTHS_PLOT
+from qatlora.report.preview_text import preview_sections
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 
@@ -48,6 +50,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     sections = [
         ("", _verdict(report)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Conversations", _preview(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
         ("What the cache keeps", _cache(report, plots)),
         ("Models against their references", _fidelity(report, plots)),
@@ -110,6 +113,12 @@ def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.inspect is not None:
         yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
         yield from inspect_tables(report.inspect)
+
+
+def _preview(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.preview is not None:
+        yield _plot(LENGTHS_PLOT, "Lengths of the conversations", plots)
+        yield from preview_sections(report.preview)
 
 
 def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:

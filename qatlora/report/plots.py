@@ -39,6 +39,7 @@ from qatlora.report.fidelity_plot import (
     position_figure,
 )
 from qatlora.report.inspect_plot import INSPECT_PLOT, inspect_figure
+from qatlora.report.preview_plot import LENGTHS_PLOT, lengths_figure
 from qatlora.report.results import KLD_BIN_EDGES, MODELS, RunReport, TextResult, TrainPoint
 
 LOSS_PLOT = "loss.png"
@@ -69,6 +70,7 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         KLD_PLOT: kld_figure(report.texts),
         CHANGES_PLOT: changes_figure(changes_by_kind(report.changes)),
         INSPECT_PLOT: inspect_figure(report.inspect),
+        LENGTHS_PLOT: lengths_figure(report.preview),
         SPEED_PLOT: speed_figure(report.benchmark),
         FORGETTING_PLOT: forgetting_figure(report.benchmark),
         CACHE_PLOT: cache_figure(report.teacher_cache),

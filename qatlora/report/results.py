@@ -11,6 +11,7 @@ from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_preview import PreviewResult
 
 SCHEMA_VERSION = 1
 
@@ -270,6 +271,7 @@ class RunReport:
     guard: GuardResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
     fidelity: FidelityResult | None = None

@@ -6,6 +6,8 @@ from qatlora.report.cache_text import cache_facts
 from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
+from qatlora.report.preview_text import headline as preview_headline
+from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
 
@@ -31,6 +33,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.preview is not None:
+        return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
     if report.teacher_cache is not None:
@@ -63,6 +67,8 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines += _build_facts(report.build, report.base)
     if report.teacher_cache:
         lines += cache_facts(report.teacher_cache)
+    if report.preview:
+        lines += preview_facts(report.preview)
     if report.export:
         size = format_bytes(report.export.bytes)
         types = ", ".join(f"{count} {name}" for name, count in report.export.tensor_types.items())

@@ -15,7 +15,7 @@ from qatlora.base.digests import digest_of_tensors
 from qatlora.base.load import load_base, load_plain
 from qatlora.base.others import deploy_embeddings
 from qatlora.base.teacher import teacher_source
-from qatlora.data.rows import Row, first_rows, text_key
+from qatlora.data.rows import IGNORED, Row, first_rows, text_key
 from qatlora.distill import (
     CacheKey,
     CacheWriter,
@@ -27,14 +27,14 @@ from qatlora.distill import (
 )
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ConfigError
-from qatlora.evaluate import ScoreSettings, reference_states
-from qatlora.evaluate.states import scored_states
+from qatlora.evaluate import reference_states
 from qatlora.report.results_cache import CachePoint, CacheResult
 from qatlora.stages.teacher import course_settings, rows_with_teacher, words_digests
 from qatlora.state import Run
 from qatlora.train.objective import divergence_of
+from qatlora.train.teachers import RunningTeacher
+from qatlora.train.trainer import RowCollator, training_record
 
-_ROWS_PER_GROUP = 16
 _MEASURED_TOP_K = (8, 16, 32, 64, 128, 256)
 _MEASURED_TOKENS = 1024  # of each held-out text: two products with the head per token
 
@@ -107,22 +107,29 @@ def _add_missing(state: Run, folder: Path, rows: dict[bytes, Row]) -> list[bytes
         for text in new_texts:
             kept = reference_states(model, text.rows, settings, advance)
             writer.add_text(text_key(text.rows), kept.hidden.bfloat16(), kept.targets)
-        _write_rows(model, [rows[key] for key in missing], writer, settings, advance)
+        _write_rows(state, model, [rows[key] for key in missing], writer, advance)
     return missing
 
 
 def _write_rows(
+    state: Run,
     model: nn.Module,
     rows: Sequence[Row],
     writer: CacheWriter,
-    settings: ScoreSettings,
     on_tokens: Callable[[int], None],
 ) -> None:
-    head, key = LmHead.of(model), writer.key
-    for first in range(0, len(rows), _ROWS_PER_GROUP):
-        group = rows[first : first + _ROWS_PER_GROUP]
-        hidden = torch.cat([batch.hidden for batch in scored_states(model, group, settings)])
-        found = top_words(hidden, head, key.top_k, key.temperature)
+    """Run the teacher on micro-batches as the trainer would make them."""
+    collate, run = RowCollator(pad_token_id=0), RunningTeacher(model)
+    for first in range(0, len(rows), state.cfg.train.micro_batch_rows):
+        group = rows[first : first + state.cfg.train.micro_batch_rows]
+        batch = collate([training_record(row) for row in group])
+        batch = {name: tensor.to(state.device) for name, tensor in batch.items()}
+        scored = (batch["labels"][:, 1:] != IGNORED).flatten()
+        with state.autocast():
+            states = run(batch, scored)
+        found = top_words(
+            states.hidden[scored], states.head, writer.key.top_k, writer.key.temperature
+        )
         start = 0
         for row in group:
             stop = start + row.num_scored_tokens

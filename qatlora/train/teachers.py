@@ -12,6 +12,13 @@ from qatlora.distill import LmHead, Teacher, TeacherCache, TeacherStates, TopWor
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.evaluate import final_hidden_states
 
+_CONTEXT = ("input_ids", "attention_mask", "position_ids")
+
+
+def context_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a micro-batch that a model reads."""
+    return {name: batch[name] for name in _CONTEXT if name in batch}
+
 
 class BatchTeacher(Protocol):
     """Gives the teacher's probabilities for a micro-batch of the trainer."""
@@ -20,8 +27,8 @@ class BatchTeacher(Protocol):
         """Probabilities of what follows positions 0 .. L - 2 of each row.
 
         Args:
-            batch: what `RowCollator` makes: input_ids, attention_mask and labels [N, L], keys
-                [N, 16].
+            batch: what `RowCollator` makes: input_ids and labels [N, L], attention_mask or
+                position_ids, keys [N, 16].
             wanted: bool [N * (L - 1)], the tokens that will be asked for.
 
         Returns:
@@ -44,7 +51,7 @@ class RunningTeacher:
     def __call__(self, batch: Mapping[str, Tensor], wanted: Tensor) -> TeacherStates:
         """Run the model on the micro-batch."""
         with torch.no_grad(), self.within():
-            hidden = final_hidden_states(self.model, batch["input_ids"], batch["attention_mask"])
+            hidden = final_hidden_states(self.model, **context_of(batch))
         return TeacherStates(hidden[:, :-1].flatten(0, 1), LmHead.of(self.model))
 
 

@@ -27,7 +27,7 @@ from qatlora.distill import Divergence, LmHead, LossSettings, Teacher, chunked_l
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
-from qatlora.train.teachers import BatchTeacher
+from qatlora.train.teachers import BatchTeacher, context_of
 
 _TERMS = ("ce", "kl", "general_kl")
 _PARAMETERS = "trainable.safetensors"
@@ -51,7 +51,11 @@ class Objective:
 
 
 class RowCollator:
-    """Pad rows to the right: input_ids, attention_mask, labels; is_general [rows], keys."""
+    """Pad rows to the right: input_ids, attention_mask, labels; is_general [rows], keys.
+
+    Where a row holds several sequences, position_ids stand in place of the mask: transformers reads
+    from them which tokens may see each other, padding being one more sequence.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
@@ -60,9 +64,15 @@ class RowCollator:
         """Tensors of one micro-batch."""
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
-        return {
+        longest = max(map(len, ids))
+        if any(len(row["starts"]) > 1 for row in rows):
+            positions = [_positions([*row["starts"], len(row["labels"])], longest) for row in rows]
+            context = {"position_ids": torch.stack(positions)}
+        else:
+            ones = [torch.ones_like(one) for one in ids]
+            context = {"attention_mask": pad_sequence(ones, batch_first=True)}
+        return context | {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
             "is_general": torch.tensor([row["source"] == "general" for row in rows]),
             "keys": torch.tensor([list(bytes.fromhex(row["key"])) for row in rows]),
@@ -71,12 +81,14 @@ class RowCollator:
 
 def training_record(row: Row) -> dict[str, Any]:
     """A row as the columns that `RowCollator` reads."""
-    return {
-        "input_ids": row.input_ids,
-        "labels": row.labels,
-        "source": row.source,
-        "key": row.key.hex(),
-    }
+    return vars(row) | {"key": row.key.hex()}
+
+
+def _positions(starts: list[int], length: int) -> Tensor:
+    """Places 0 .. length - 1, counted anew from each of `starts`."""
+    places = torch.arange(length)
+    begins = torch.tensor(starts)
+    return places - begins[torch.searchsorted(begins, places, right=True) - 1]
 
 
 class GridTrainer(SFTTrainer):
@@ -113,8 +125,7 @@ class GridTrainer(SFTTrainer):
         """The weighted loss of one micro-batch, a share of its step's loss."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        hidden = _hidden_states(model, ids, mask)[:, :-1].flatten(0, 1)
+        hidden = _hidden_states(model, context_of(inputs))[:, :-1].flatten(0, 1)
         labels = inputs["labels"][:, 1:].flatten()
         general = inputs["is_general"].unsqueeze(1).expand_as(inputs["labels"][:, 1:]).flatten()
         scored = labels != IGNORED_LABEL
@@ -197,20 +208,14 @@ class GridTrainer(SFTTrainer):
         """Write none: SFTTrainer would put one into every checkpoint, and that is no result."""
 
 
-def _hidden_states(model: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def _hidden_states(model: torch.nn.Module, context: dict[str, Tensor]) -> Tensor:
     """Final hidden states [N, L, H]; of several processes, through the wrapper's own forward.
 
     DistributedDataParallel averages gradients only where its forward has run.
     """
     if not isinstance(model, DistributedDataParallel):
-        return final_hidden_states(model, ids, mask)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        use_cache=False,
-        output_hidden_states=True,
-        logits_to_keep=1,
-    )
+        return final_hidden_states(model, **context)
+    output = model(**context, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     hidden: Tensor = output.hidden_states[-1]
     return hidden
 

@@ -7,14 +7,19 @@ from data_samples import talk, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qatlora.data import chats
-from qatlora.data.chats import open_chats
+from qatlora.data import messages, records
+from qatlora.data.chats import OwnChats
+from qatlora.data.chats import open_chats as open_records
 from qatlora.data.templates import TurnRules
 from qatlora.errors import DataError
 
 ANY_ORDER = TurnRules(system=True, alternating=False)
 ALTERNATING = TurnRules(system=True, alternating=True)
 GOOD = json.dumps({"messages": talk("Hi", "Hello")})
+
+
+def open_chats(path, rules) -> OwnChats:
+    return open_records(records.JsonLines(path), rules)
 
 
 def message(role, content):
@@ -62,7 +67,10 @@ BAD_LINES = {
     "no answer": (line(message("user", "Hi")), "no message with the role 'assistant'"),
     "unknown role": (line(message("human", "Hi")), "unknown role 'human'.*system, user, assistant"),
     "list as role": (line(message(["user"], "Hi")), "unknown role"),
-    "tool": (line(message("tool", "Hi")), "unknown role 'tool'.*tool calls"),
+    "tool": (
+        line(message("user", "a"), message("tool", "b"), message("assistant", "c")),
+        "message 2 has tool calls, which the base's chat template cannot render",
+    ),
     "no role": (line({"content": "Hi"}), "message 1 has no 'role'"),
     "no content": (line({"role": "user"}), "message 1 has no 'content'"),
     "null": (line(message("user", None)), "a JSON null as content"),
@@ -104,7 +112,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_and_line(tmp_path):
 
 
 def test_a_line_without_end_is_refused_without_reading_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(chats, "_MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(records, "_MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b"0" * (3 << 20))
     with pytest.raises(DataError, match="line 1: the line is longer than 1 MiB"):
@@ -148,7 +156,7 @@ def test_file_that_changes_between_check_and_use_is_noticed(tmp_path):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.sampled_from(chats.ROLES),
+    st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.sampled_from(messages.ROLES),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["messages", "role", "content", "x"]), inner, max_size=3)

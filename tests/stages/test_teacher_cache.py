@@ -101,16 +101,17 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "divergence"), [((1.0, 0.5, 1.0), "forward_kl"), ((0.0, 0.0, 1.0), "jsd")]
+    ("weights", "divergence", "packing"),
+    [((1.0, 0.5, 1.0), "forward_kl", True), ((0.0, 0.0, 1.0), "jsd", False)],
 )
 def test_training_from_a_cache_of_nearly_all_words_equals_the_online_teacher(
-    weights: tuple, divergence: str, runs: Runs
+    weights: tuple, divergence: str, packing: bool, runs: Runs
 ) -> None:
     names = ("ce_weight", "kl_weight", "general_kl_weight")
     changes: dict[str, Any] = {
         f"teacher__{name}": value for name, value in zip(names, weights, strict=True)
     }
-    changes["teacher__divergence"] = DivergenceKind[divergence]
+    changes |= {"teacher__divergence": DivergenceKind[divergence], "data__packing": packing}
     runs.write(teacher__cache_top_k=ALL_WORDS, **changes)
     online, cached = runs.train(**changes), runs.from_cache(**changes)
     assert losses(cached) == pytest.approx(losses(online), rel=2e-3, abs=5e-4)
@@ -155,8 +156,7 @@ def test_the_report_tells_size_and_what_more_words_would_keep(runs: Runs) -> Non
 def test_a_killed_build_goes_on_and_equals_an_uninterrupted_one(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qatlora.distill.cache._SHARD_TOKENS", 200)
-    monkeypatch.setattr("qatlora.stages.teacher_cache._ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("qatlora.distill.cache._SHARD_TOKENS", 100)
     whole = runs.cache.with_name("whole")
     runs.write(teacher__cache_path=str(whole))
 
