@@ -19,6 +19,7 @@ from qatlora.errors import ConfigError
 
 STAGES = (
     "preflight",
+    "plan",
     "inspect",
     "build",
     "preview_data",
@@ -226,6 +227,8 @@ class BaseConfig:
     """HF checkpoint folder or GGUF file."""
     hub_id: str | None = None
     """Model id on the Hugging Face hub."""
+    architecture: str | None = None
+    """Shipped configuration of a published checkpoint, which recipe=plan counts without it."""
     chat_template: str | None = None
     """Name of a shipped template or a Jinja file; null: the checkpoint's own."""
     trained: list[str] | None = None
@@ -372,6 +375,9 @@ class EvaluateConfig:
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
     sample_max_new_tokens: int = 32
+    hold_weights: bool = True
+    """Keep decoded weights over many forwards, and a dense model of the file that is read back:
+    two bytes per weight for less time. recipe=plan says where they fit."""
 
 
 @dataclass
@@ -421,6 +427,20 @@ class InspectConfig:
 
     against: str | None = None
     """HF folder of the checkpoint before an edit or merge; null: no comparison."""
+
+
+@dataclass
+class PlanConfig:
+    """What recipe=plan looks for; storage, adapter, rows and teacher are those of a run."""
+
+    gpu_gb: float = 24.0
+    """GPU to recommend settings for, in 2^30 bytes."""
+    gpu_sizes_gb: list[float] = field(default_factory=lambda: [8.0, 12.0, 16.0, 24.0, 48.0, 80.0])
+    """GPUs of the table of what fits."""
+    row_lengths_tokens: list[int] = field(
+        default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384]
+    )
+    """Row lengths that are tried."""
 
 
 @dataclass
@@ -507,6 +527,7 @@ class RootConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

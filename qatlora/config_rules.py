@@ -16,6 +16,7 @@ from qatlora.config import (
     ExportConfig,
     FidelityConfig,
     InspectConfig,
+    PlanConfig,
     RootConfig,
     Rounding,
     Storage,
@@ -74,6 +75,7 @@ _POSITIVE = (
     "train.max_grad_norm",
     "build.max_shard_gb",
     "benchmark.steps_rate_factor",
+    "plan.gpu_gb",
 )
 
 
@@ -94,6 +96,7 @@ def validate(cfg: RootConfig) -> None:
     _check_train(cfg.train)
     _check_export(cfg.export)
     _check_inspect(cfg.inspect)
+    _check_plan(cfg.plan)
     if "benchmark" in cfg.stages:
         _check_benchmark(cfg)
     if "fidelity" in cfg.stages:
@@ -138,7 +141,7 @@ def _check_base(base: BaseConfig) -> None:
             f"base.path={base.path} and base.hub_id={base.hub_id}: a run has one base. "
             "Give only one of the two keys."
         )
-    if not (base.path or base.hub_id or base.embedded):
+    if not (base.path or base.hub_id or base.embedded or base.architecture):
         raise ConfigError(
             "base.path is empty: a run needs a base. Give base.path=FOLDER (a Hugging Face "
             "checkpoint) or base.path=FILE.gguf, or an embedded one, base=gemma3_270m."
@@ -253,6 +256,16 @@ def _check_inspect(inspect: InspectConfig) -> None:
             f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
             "the checkpoint before the edit, with config.json and safetensors files."
         )
+
+
+def _check_plan(plan: PlanConfig) -> None:
+    for key in ("gpu_sizes_gb", "row_lengths_tokens"):
+        values = getattr(plan, key)
+        if not values or not all(math.isfinite(value) and value > 0 for value in values):
+            raise ConfigError(
+                f"plan.{key}={values}: must be a list of numbers above 0, at least one. Set "
+                f"plan.{key} to such a list."
+            )
 
 
 def _check_benchmark(cfg: RootConfig) -> None:

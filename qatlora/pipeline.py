@@ -5,8 +5,8 @@
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
 preview_data, benchmark and fidelity are one stage between preflight and report, teacher_cache one
-after load_data. Those stages are in `qatlora.stages`, and there is told where a run's teacher comes
-from.
+after load_data, plan one before report. Those stages are in `qatlora.stages`, and there is told
+where a run's teacher comes from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -25,10 +25,10 @@ from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
-from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf, packed_model_from_gguf
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
 from qatlora.config import Effect, RootConfig, Trained
 from qatlora.data.load import load_data
@@ -53,6 +53,7 @@ from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
 from qatlora.stages.inspect import check_inspect, inspect
+from qatlora.stages.plan import plan
 from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.teacher import (
@@ -94,7 +95,7 @@ def _preflight(state: Run) -> None:
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
     needs = preflight.estimate(cfg, state.source, state.layout, state.device)
-    preflight.require(needs, state.run_dir)
+    preflight.require(needs, state.run_dir, state.device)
     if "save_base" in cfg.stages:
         require_plain(state.source)
     if "write_candidate" in cfg.stages:
@@ -137,7 +138,7 @@ def _load_base(state: Run) -> None:
         state.base = load_base(
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
-    deploy_embeddings(state.base.model, cfg.export.other_type.name)
+    deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
     load_teacher(state)
 
 
@@ -155,7 +156,7 @@ def _attach(state: Run) -> None:
 def _evaluate_base(state: Run) -> None:
     adapted = state.adapted
     keep_teacher_states(state)
-    with adapted.as_base(), adapted.held_weights(state.dtype):
+    with adapted.as_base(), state.held_weights():
         _measure(state, "base", adapted.model)
         _answer(state, "base")
 
@@ -186,7 +187,7 @@ def _save_adapter(state: Run) -> None:
 
 def _evaluate_trained(state: Run) -> None:
     adapted = state.adapted
-    with adapted.held_weights(state.dtype):
+    with state.held_weights():
         _measure(state, "trained", adapted.model, keep=True)
         _answer(state, "trained")
     for (name, before), (_, after) in zip(adapted.base_blocks(), adapted.deployed(), strict=True):
@@ -225,10 +226,13 @@ def _guard(state: Run) -> None:
             "the adapter's run."
         )
     gates = [identity_gate(candidate, state.adapted.deployed(), state.recorded, cfg.guard)]
-    with state.adapted.held_weights(state.dtype):
+    with state.held_weights():
         self_kld = evaluation.self_kld_max(state.adapted.model)
+    read_back = model_from_gguf if cfg.evaluate.hold_weights else packed_model_from_gguf
+    if not cfg.evaluate.hold_weights:
+        state.adapted.model.to("cpu")  # the file takes its place on the device
     config = plain_config(state.source.folder)
-    merged = model_from_gguf(candidate.path, config, torch.bfloat16).to(state.device).eval()
+    merged = read_back(candidate.path, config, torch.bfloat16).to(state.device).eval()
     roundtrip = _measure(state, "merged", merged, against="trained")
     del merged
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
@@ -256,6 +260,7 @@ def _write_report(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": _preflight,
+    "plan": plan,
     "inspect": inspect,
     "build": build,
     "preview_data": preview_data,

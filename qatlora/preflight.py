@@ -4,41 +4,50 @@ The figures are estimates from the checkpoint's config and one short measurement
 matrix product; the run's report holds what it really took.
 """
 
-import dataclasses
 import math
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qatlora.base.layout import Layout
+from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, Trained
+from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
+from qatlora.plan.footprint import (
+    BF16_BYTES,
+    CODE_BITS,
+    FP32_BYTES,
+    LATENT_BYTES,
+    STEP_BITS,
+    Job,
+    footprint,
+)
+from qatlora.plan.shape import model_shape
 
-_BITS_PER_WEIGHT = {"nf4": 4.63, "q4_0": 4.5, "bf16": 16.5}
 _IMPORTED_LIBRARIES_BYTES = 1.1e9
-_BF16_BYTES = 2
-_FP32_BYTES = 4
-# Values that a layer keeps per token, in units of its widths, counted in fp32: norms, attention and
-# gated MLP of Gemma 3 in autocast. Against the measured peak this is about right, not exact.
-_KEPT_PER_HIDDEN = 16
-_KEPT_PER_INTERMEDIATE = 10
+# Fragments of the host's allocator, tokenizer and texts: the demonstration took 4.4 GB where 3.5
+# are counted.
+_UNCOUNTED_SHARE = 0.3
 # Streaming: two checkpoints' tensors as stored, up to fp32, and the buffers of one part.
 _STREAMED_BYTES_PER_WEIGHT = 8
 _PART_BYTES = 0.5e9
 _REPORT_BYTES = 1e7
-_SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
-# Of a trained weight: itself, its gradient and two moments; all but the gradient go to disk.
-_LATENT_BYTES, _CHECKPOINT_BYTES = 4 * _FP32_BYTES, 3 * _FP32_BYTES
 _CACHE_CHUNKS = 4  # logits of a chunk of tokens, float32: a teacher's, a student's, two to work in
+_TEACHERS = {
+    TeacherKind.bf16: "memory",
+    TeacherKind.self: "cache",  # logits beside the student's, and no weights
+    TeacherKind.cache: "cache",
+    TeacherKind.none: "none",
+}
+_SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
+_CHECKPOINT_BYTES = LATENT_BYTES - FP32_BYTES  # of a trained weight: all but its gradient
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
@@ -53,48 +62,70 @@ class Needs:
     seconds: float
 
 
+def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False) -> Job:
+    """What the memory model needs to know of the settings."""
+    adapter = cfg.adapter
+    return Job(
+        storage=cfg.storage.kind.name,
+        adapter=None if cfg.distill.train is Trained.weights else adapter.kind.name,
+        rank=adapter.rank,
+        steps_rank=adapter.steps_rank or adapter.rank,
+        tokens=cfg.train.micro_batch_rows * cfg.data.max_length_tokens,
+        checkpointing=cfg.train.gradient_checkpointing,
+        keep_blocks=cfg.train.keep_blocks,
+        teacher=_TEACHERS[cfg.teacher.kind],
+        holds_weights=cfg.evaluate.hold_weights,
+        trains="train" in cfg.stages,
+        # transformers quantizes to NF4 while it loads; a build is packed already.
+        loads_dense=loads_dense and cfg.storage.kind is not Storage.nf4,
+        on_host=on_host,
+    )
+
+
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
-    """Estimate peak host memory, disk below run_dir, and time without unpacking and installing."""
+    """Estimate peak memory of the device, disk below run_dir, and time without unpacking."""
     if "build" in cfg.stages:
         return _estimate_build(cfg, layout)
-    if "teacher_cache" in cfg.stages:
-        return _estimate_cache(cfg, source, layout, device)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
+    if "teacher_cache" in cfg.stages:
+        return _estimate_cache(cfg, source, layout, device)
     if "fidelity" in cfg.stages:
         return _estimate_fidelity(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
-    text = source.config.get("text_config", source.config)
-    hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
+    shape = model_shape(plain_config(source.folder), cfg.base.trained)
+    dense, on_host = not source.packed_modules, device.type == "cpu"
+    memory = footprint(shape, planned_job(cfg, dense, on_host)).peak
+    if on_host:
+        memory = (memory + _mapped_bytes(cfg, source, layout)) * (1 + _UNCOUNTED_SHARE)
+        memory += _IMPORTED_LIBRARIES_BYTES
     others = layout.num_parameters - layout.num_grid_weights
-    stored = layout.num_grid_weights * _BITS_PER_WEIGHT[cfg.storage.kind.name] / 8
-    student = others * _BF16_BYTES + stored + layout.num_grid_weights * _BF16_BYTES
-    second_model = layout.num_parameters * _BF16_BYTES  # the teacher, later the file read back
-    logits = 2 * LossSettings().chunk_tokens * vocab * _BF16_BYTES  # student's and teacher's
-    memory = _IMPORTED_LIBRARIES_BYTES + student + second_model + logits
-    if "train" in cfg.stages:
-        memory += _activation_bytes(cfg, text)
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
-    memory += num_latents * _LATENT_BYTES
-    disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * _BF16_BYTES)
+    disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * BF16_BYTES)
     disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
     if "save_base" in cfg.stages:
-        disk += layout.num_parameters * _BF16_BYTES
-    flops = _flops(cfg, layout, hidden * vocab)
+        disk += layout.num_parameters * BF16_BYTES
+    flops = _flops(cfg, layout, shape.hidden_size * shape.vocab_size)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
+
+
+def _mapped_bytes(cfg: RootConfig, source: Source, layout: Layout) -> float:
+    """Pages of a bf16 file that is mapped while a CPU quantizes it; they stay until others come."""
+    to_nf4 = cfg.storage.kind is Storage.nf4 and not source.nf4_modules
+    return layout.num_grid_weights * BF16_BYTES if to_nf4 else 0.0
 
 
 def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """The teacher alone, then the base and the head kept; any teacher is counted as the base."""
-    text = source.config.get("text_config", source.config)
-    head = int(text["hidden_size"]) * source.vocab_size
+    shape = model_shape(plain_config(source.folder), cfg.base.trained)
+    head = shape.hidden_size * source.vocab_size
     tokens = cfg.train.max_steps * cfg.train.rows_per_step * cfg.data.max_length_tokens
-    teacher = layout.num_parameters * _BF16_BYTES
-    chunk = LossSettings().chunk_tokens * source.vocab_size * _FP32_BYTES
-    memory = _IMPORTED_LIBRARIES_BYTES + teacher + head * _BF16_BYTES + _CACHE_CHUNKS * chunk
+    models = (layout.num_parameters + head) * BF16_BYTES
+    chunk = LossSettings().chunk_tokens * source.vocab_size * FP32_BYTES
+    memory = _IMPORTED_LIBRARIES_BYTES + models + _CACHE_CHUNKS * chunk
     disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
-    disk += head * _BF16_BYTES + 2 * cfg.data.eval_tokens * int(text["hidden_size"]) * _BF16_BYTES
+    disk += (head + 2 * cfg.data.eval_tokens * shape.hidden_size) * BF16_BYTES
     flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
@@ -103,10 +134,10 @@ def _estimate_benchmark(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """Suite speed holds every method at once, suite adapters one model after the other."""
-    settings, text = cfg.benchmark, source.config.get("text_config", source.config)
+    settings = cfg.benchmark
     methods = len(chosen_methods(settings.suite, settings.methods))
-    dense_and_logits = 2 * layout.num_parameters * _BF16_BYTES
-    disk = layout.num_parameters * 4 * _BF16_BYTES
+    dense_and_logits = 2 * layout.num_parameters * BF16_BYTES
+    disk = layout.num_parameters * 4 * BF16_BYTES
     if settings.suite is BenchmarkSuite.speed:
         rounds = settings.warmup_rounds + settings.rounds
         tokens = methods * rounds * sum(settings.tokens_per_step)
@@ -115,9 +146,9 @@ def _estimate_benchmark(
         largest, models = settings.rows_per_step * cfg.data.max_length_tokens, 1
         trials = methods * (len(settings.learning_rates) + len(settings.seeds) - 1)
         tokens = trials * (settings.max_steps * largest + settings.eval_tokens)
-    rows = largest // cfg.data.max_length_tokens
-    train = dataclasses.replace(cfg.train, micro_batch_rows=rows)
-    activations = _activation_bytes(dataclasses.replace(cfg, train=train), text)
+    shape = model_shape(plain_config(source.folder), cfg.base.trained)
+    kept = shape.kept.total(checkpointing=cfg.train.gradient_checkpointing)
+    activations = largest * kept
     memory = models * (_IMPORTED_LIBRARIES_BYTES + dense_and_logits + activations)
     flops = tokens * 8.0 * layout.num_parameters
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
@@ -128,27 +159,15 @@ def _estimate_fidelity(
 ) -> Needs:
     """One model at a time, beside the head of its reference, the states and a batch at work."""
     settings, text = cfg.fidelity, source.config.get("text_config", source.config)
-    value_bytes = _FP32_BYTES if settings.precision is Precision.fp32 else _BF16_BYTES
+    value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
     num_tokens = len(settings.texts) * settings.tokens_per_text
     head_weights = int(text["hidden_size"]) * int(text["vocab_size"])
     states = num_tokens * int(text["hidden_size"]) * value_bytes
-    model = layout.num_parameters * (value_bytes + _BF16_BYTES)  # itself and its file as it is read
+    model = layout.num_parameters * (value_bytes + BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
     decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
     return Needs(memory, _REPORT_BYTES, flops / (_EFFICIENCY * _measured_rate(device)))
-
-
-def _activation_bytes(cfg: RootConfig, text: dict[str, Any]) -> float:
-    """What a micro-batch keeps from the forward for the backward pass."""
-    tokens = cfg.train.micro_batch_rows * cfg.data.max_length_tokens
-    hidden, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
-    one_layer = _FP32_BYTES * (
-        _KEPT_PER_HIDDEN * hidden + _KEPT_PER_INTERMEDIATE * int(text["intermediate_size"])
-    )
-    if cfg.train.gradient_checkpointing:
-        return float(tokens * (layers * hidden * _BF16_BYTES + one_layer))
-    return float(tokens * layers * one_layer)
 
 
 def _estimate_streaming(source: Source, layout: Layout) -> Needs:
@@ -161,8 +180,8 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
 def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
     """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
     others = layout.num_parameters - layout.num_grid_weights
-    bits = _BITS_PER_WEIGHT[cfg.storage.kind.name]
-    built = layout.num_grid_weights * bits / 8 + others * _BF16_BYTES
+    bits = CODE_BITS[cfg.storage.kind.name] + STEP_BITS
+    built = layout.num_grid_weights * bits / 8 + others * BF16_BYTES
     memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
     memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
     if cfg.storage.kind is Storage.nf4:
@@ -195,18 +214,20 @@ def _measured_rate(device: torch.device) -> float:
     return 2 * 512 * 1024 * 4096 / best
 
 
-def require(needs: Needs, run_dir: Path) -> None:
+def require(needs: Needs, run_dir: Path, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
         ResourceError: too little memory or disk, with both figures and a remedy.
     """
-    available = available_bytes()
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
     if needs.memory_bytes > available:
         raise ResourceError(
             f"This run needs about {_gb(needs.memory_bytes)} of memory and {_gb(available)} are "
             "free. Close other programs, take storage=q4_0 or a smaller base, lower "
-            "train.micro_batch_rows, or set train.gradient_checkpointing=true."
+            "train.micro_batch_rows, or set train.gradient_checkpointing=true or "
+            "evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free

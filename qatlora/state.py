@@ -1,5 +1,6 @@
 """What one run knows: the settings and what each stage has left for the next."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from qatlora.report.results import (
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 
 _REPORTED_PACKAGES = (
@@ -62,6 +64,8 @@ class Run:
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
     benchmark: BenchmarkResult | None = None
+    plan: PlanResult | None = None
+    planned_base: BaseResult | None = None  # what was planned for, where nothing is loaded
     comparisons: list[Comparison] = field(default_factory=list)
     measured: list[Text] = field(default_factory=list)  # what these are compared on
     data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
@@ -91,6 +95,12 @@ class Run:
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
         return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
+
+    def held_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Decoded weights of the adapted model for many forwards, where they are allowed."""
+        if not self.cfg.evaluate.hold_weights:
+            return contextlib.nullcontext()
+        return self.adapted.held_weights(self.dtype)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of forwards outside evaluation and training."""
@@ -127,6 +137,7 @@ def report_of(state: Run) -> RunReport:
         preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
+        plan=state.plan,
         fidelity=state.fidelity,
         changes=state.changes,
         samples=samples,
@@ -146,8 +157,9 @@ def _base_result(state: Run) -> BaseResult:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
-    if state.built_base is not None:
-        return state.built_base
+    counted = state.built_base or state.planned_base
+    if counted is not None:
+        return counted
     share = state.inspection.on_grid_share if state.inspection else None
     return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 

@@ -10,7 +10,10 @@ import sentencepiece
 import tokenizers
 import torch
 from sample_text import sentences
+from tiny_layouts import MULTIMODAL, SPREAD
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -21,8 +24,11 @@ from transformers import (
 from qatlora.errors import ToolError
 
 TEMPLATES = Path(__file__).parents[1] / "qatlora" / "data" / "templates"
-SPREAD = 0.1
-"""Standard deviation of the random weights: wide enough that the logits differ visibly."""
+_GEMMA3_CONTROLS = ["<mask>", "<start_of_turn>", "<end_of_turn>"]
+_GEMMA4_CONTROLS = [
+    "<mask>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>",
+    "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+]  # fmt: skip
 
 NO_LLAMA_CPP = pytest.StashKey[str]()
 
@@ -66,7 +72,7 @@ def tiny_gemma3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ones.
     """
     folder = tmp_path_factory.mktemp("tiny_gemma3")
-    _write_sentencepiece_tokenizer(folder)
+    _write_sentencepiece_tokenizer(folder, _GEMMA3_CONTROLS)
     torch.manual_seed(3)
     config = Gemma3TextConfig(
         vocab_size=_vocabulary_size(folder),
@@ -120,7 +126,33 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _write_sentencepiece_tokenizer(folder: Path) -> None:
+@pytest.fixture(scope="session", params=MULTIMODAL)
+def tiny_multimodal_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random checkpoint of each layout in `tiny_layouts.MULTIMODAL`, bf16; read-only.
+
+    Gemma 4 has tokenizer.json and no tokenizer.model, as published.
+    """
+    folder = tmp_path_factory.mktemp(request.param)
+    family = "gemma3" if request.param.startswith("gemma3") else "gemma4"
+    _write_sentencepiece_tokenizer(
+        folder, _GEMMA3_CONTROLS if family == "gemma3" else _GEMMA4_CONTROLS
+    )
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(MULTIMODAL[request.param](_vocabulary_size(folder)))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.5)  # new ones are all 1, which a loss of them would not show
+    model.to(torch.bfloat16).save_pretrained(folder)
+    if family == "gemma4":
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+    shutil.copy(TEMPLATES / f"{family}.jinja", folder / "chat_template.jinja")
+    return folder
+
+
+def _write_sentencepiece_tokenizer(folder: Path, controls: list[str]) -> None:
     """tokenizer.model and tokenizer_config.json laid out as Gemma's, 384 pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -136,7 +168,7 @@ def _write_sentencepiece_tokenizer(folder: Path) -> None:
         pad_piece="<pad>",
         eos_piece="<eos>",
         bos_piece="<bos>",
-        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>"],
+        user_defined_symbols=controls,
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",

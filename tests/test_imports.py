@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
-    "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory"},
+    "plan": {"config", "grid", "base", "distill"},
+    "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory", "plan"},
     "benchmark": {
         "config",
         "grid",

@@ -1,7 +1,8 @@
 """The three lists per architecture: which tensors are trained, stored in NF4, and Q4_0 in the GGUF.
 
 A name is the module's name in the loaded transformers model, without ``.weight``. The patterns are
-anchored at both ends, because a vision tower has layers with the same last names.
+anchored at both ends, because a vision tower has layers with the same last names. Towers,
+projectors, routers, embeddings and lm_head are in no list: they stay as they are.
 """
 
 import re
@@ -13,6 +14,10 @@ from transformers import PreTrainedModel
 from qatlora.errors import CheckpointError
 
 _DECODER_LINEARS = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+# Gemma 4 E2B and E4B feed an embedding of its own into each layer. llama.cpp stores the two
+# matrices of that path as Q4_0, too (with them Google's E2B file has 205 + 70 such tensors), but
+# nothing about a task is learned there.
+_PER_LAYER_LINEARS = r"(per_layer_input_gate|per_layer_projection)"
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,24 @@ class TensorLists:
     q4_0: str
 
 
-def _decoder_only(prefix: str) -> TensorLists:
-    pattern = rf"{prefix}layers\.\d+\.{_DECODER_LINEARS}"
-    return TensorLists(trained=pattern, nf4=pattern, q4_0=pattern)
+def _decoder_lists(prefix: str, only_in_gguf: str | None = None) -> TensorLists:
+    """The decoder's linears are in all three lists; `only_in_gguf` joins the last one."""
+    layer = rf"{prefix}layers\.\d+\."
+    decoder = rf"{layer}{_DECODER_LINEARS}"
+    q4_0 = decoder if only_in_gguf is None else rf"{decoder}|{layer}{only_in_gguf}"
+    return TensorLists(trained=decoder, nf4=decoder, q4_0=q4_0)
 
 
-# Keyed by `model_type` of config.json.
+_TEXT, _MULTIMODAL = r"model\.", r"model\.language_model\."
+
+# Keyed by `model_type` of config.json; Gemma 4 12B is gemma4_unified.
 ARCHITECTURES: dict[str, TensorLists] = {
-    "gemma3_text": _decoder_only(r"model\."),
-    "gemma3": _decoder_only(r"model\.language_model\."),
-    "llama": _decoder_only(r"model\."),
+    "gemma3_text": _decoder_lists(_TEXT),
+    "gemma3": _decoder_lists(_MULTIMODAL),
+    "gemma4_text": _decoder_lists(_TEXT, _PER_LAYER_LINEARS),
+    "gemma4": _decoder_lists(_MULTIMODAL, _PER_LAYER_LINEARS),
+    "gemma4_unified": _decoder_lists(_MULTIMODAL),
+    "llama": _decoder_lists(_TEXT),
 }
 
 

@@ -1,4 +1,4 @@
-"""Gemma 3 and Llama-shaped GGUF files as transformers models.
+"""GGUF files as transformers models: Gemma 3 and Llama-shaped ones, and Gemma 4 files of our own.
 
 transformers' own route parses the file with gguf.GGUFReader several times (minutes for a
 vocabulary of 262,144) and leaves a quantization_config behind that forbids saving and training.
@@ -7,7 +7,7 @@ Three differences between the two formats are undone here, and a test compares t
 transformers' own:
 
 - names (`blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`);
-- Gemma's norms: llama.cpp stores 1 + weight;
+- Gemma 3's norms: llama.cpp stores 1 + weight;
 - Llama's rotary embedding: llama.cpp rotates neighbouring pairs, transformers the two halves of a
   head, so the converter interleaves the rows of q_proj and k_proj.
 """
@@ -21,8 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qatlora.base.assemble import empty_model, fill_model
 from qatlora.base.gguf_config import gemma3_config, llama_config
+from qatlora.base.linear import GridLinear
+from qatlora.base.stores import Q4Store
 from qatlora.errors import CheckpointError
+from qatlora.grid import unpack
 from qatlora.llamacpp.gguf_read import GgufFile, GgufTensor, dequantize, read_gguf
 
 _CHUNK_WEIGHTS = 1 << 24
@@ -44,10 +48,19 @@ _GEMMA3_NAMES = _LAYER_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_GEMMA4_NAMES = _GEMMA3_NAMES | {
+    "layer_scalar": "layer_output_scale",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
 _TOP_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
 }
 
 
@@ -55,17 +68,19 @@ _TOP_NAMES = {
 class Architecture:
     """How a GGUF architecture maps to transformers.
 
+    model_types: of the transformers configurations that it can be loaded with.
     layer_names: of the modules of one decoder layer, HF to GGUF.
     norm_shift: what llama.cpp adds to the weights of norms.
     interleaved: whether the rows of q_proj and k_proj are interleaved in the GGUF.
-    make_config: metadata to configuration class.
+    make_config: metadata to configuration class; None if only files of our own can be loaded,
+        beside the configuration that they were exported with.
     """
 
-    model_type: str
+    model_types: tuple[str, ...]
     layer_names: dict[str, str]
     norm_shift: float
     interleaved: bool
-    make_config: Callable[[GgufFile], PreTrainedConfig]
+    make_config: Callable[[GgufFile], PreTrainedConfig] | None
 
 
 def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
@@ -74,7 +89,15 @@ def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
     Raises:
         CheckpointError: the architecture is not supported, or a metadata key is missing.
     """
-    config = _architecture(gguf).make_config(gguf)
+    make_config = _architecture(gguf).make_config
+    if make_config is None:
+        raise CheckpointError(
+            f"{gguf.path} is a Gemma 4 model, and Gemma 4 files are read only to check an export: "
+            "as a base such a file has neither towers nor bf16 values, and what its writer did "
+            "with its embeddings, scalars and tokenizer is not known. Give base.path=FOLDER of the "
+            "Hugging Face checkpoint."
+        )
+    config = make_config(gguf)
     config.dtype = torch.bfloat16
     return config
 
@@ -90,40 +113,19 @@ def weights_from_gguf(
     Raises:
         CheckpointError: a parameter is missing, has another shape, or a tensor is left over.
     """
-    architecture = _architecture(gguf)
     config = config.get_text_config()
-    if config.model_type != architecture.model_type:
-        raise CheckpointError(
-            f"{gguf.path} is a {architecture.model_type} model, but it is loaded with a "
-            f"configuration of {config.model_type}: give the configuration it was exported with."
-        )
-    unused = dict(gguf.tensors)
-    unused.pop("rope_freqs.weight", None)  # part of the configuration
-    weights = {}
-    for name, shape in _expected_shapes(config).items():
-        gguf_name = _gguf_name(name, architecture)
-        tensor = unused.pop(gguf_name, None)
-        if tensor is None or tensor.shape != shape:
-            found = "no such tensor" if tensor is None else f"the shape {list(tensor.shape)}"
-            raise CheckpointError(
-                f"{gguf.path} has {found} where {gguf_name} (in transformers {name}) should have "
-                f"the shape {list(shape)}: the file and its configuration do not belong together."
-            )
-        weights[name] = _decode(tensor, name, config, architecture, dtype)
-    if unused:
-        raise CheckpointError(
-            f"{gguf.path} has tensors that a dense {architecture.model_type} model does not know "
-            f"({', '.join(sorted(unused)[:4])}{', ...' if len(unused) > 4 else ''}): it is a "
-            "variant that cannot be loaded; give the HF folder of the model instead."
-        )
-    return weights
+    architecture = _architecture(gguf)
+    tensors = _matched(gguf, config, architecture)
+    return {
+        name: _decode(tensor, name, config, architecture, dtype) for name, tensor in tensors.items()
+    }
 
 
 def model_from_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Load a GGUF file as a transformers model, every parameter filled from the file.
 
     Args:
-        path: a GGUF file of a Gemma 3 (text) or Llama-shaped model.
+        path: a GGUF file of a Gemma (text) or Llama-shaped model.
         config: of the HF folder it was exported from, or `config_from_gguf`.
         dtype: of all parameters; float32 represents every Q4_0 and Q8_0 weight exactly.
 
@@ -139,23 +141,77 @@ def model_from_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) ->
     return model
 
 
+def packed_model_from_gguf(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """As `model_from_gguf`, but Q4_0 tensors stay packed: `GridLinear`, 4.5 bits per weight.
+
+    The same model to the last bit, slower, in a quarter of the memory.
+
+    Raises:
+        CheckpointError: as `weights_from_gguf`.
+    """
+    gguf, config = read_gguf(path), config.get_text_config()
+    architecture = _architecture(gguf)
+    model, others = empty_model(config, dtype), {}
+    for name, tensor in _matched(gguf, config, architecture).items():
+        if tensor.type_name == "Q4_0":
+            module = name.removesuffix(".weight")
+            rows = _in_our_order(torch.from_numpy(tensor.data.copy()), name, config, architecture)
+            store = Q4Store(unpack(rows))
+            model.set_submodule(module, GridLinear(module, store, model.get_submodule(module).bias))
+        else:
+            others[name] = _decode(tensor, name, config, architecture, dtype)
+    return fill_model(model, others, torch.device("cpu"))
+
+
+def _matched(
+    gguf: GgufFile, config: PreTrainedConfig, architecture: Architecture
+) -> dict[str, GgufTensor]:
+    """HF name -> tensor of the file, every one in its place."""
+    if config.model_type not in architecture.model_types:
+        raise CheckpointError(
+            f"{gguf.path} is a {architecture.model_types[0]} model, but it is loaded with a "
+            f"configuration of {config.model_type}: give the configuration it was exported with."
+        )
+    unused = dict(gguf.tensors)
+    unused.pop("rope_freqs.weight", None)  # follows from the configuration
+    matched = {}
+    for name, shape in _expected_shapes(config).items():
+        gguf_name = _gguf_name(name, architecture)
+        tensor = unused.pop(gguf_name, None)
+        if tensor is None or tensor.shape != shape:
+            found = "no such tensor" if tensor is None else f"the shape {list(tensor.shape)}"
+            raise CheckpointError(
+                f"{gguf.path} has {found} where {gguf_name} (in transformers {name}) should have "
+                f"the shape {list(shape)}: the file and its configuration do not belong together."
+            )
+        matched[name] = tensor
+    if unused:
+        raise CheckpointError(
+            f"{gguf.path} has tensors that a dense {config.model_type} model does not know "
+            f"({', '.join(sorted(unused)[:4])}{', ...' if len(unused) > 4 else ''}): it is a "
+            "variant that cannot be loaded; give the HF folder of the model instead."
+        )
+    return matched
+
+
 def _architecture(gguf: GgufFile) -> Architecture:
     name = gguf.require("general.architecture")
-    if name.startswith("gemma4"):
-        raise CheckpointError(
-            f"{gguf.path} is a Gemma 4 model. transformers 5.23 loads such files without an error "
-            "but loses layer scalars and router scales; give the HF folder of the model instead."
-        )
     if name not in _ARCHITECTURES:
+        known = (key for key, one in _ARCHITECTURES.items() if one.make_config is not None)
         raise CheckpointError(
             f"{gguf.path} is of the architecture {name!r}; GGUF files can be loaded of "
-            f"{' and '.join(_ARCHITECTURES)}: give the HF folder of the model instead."
+            f"{' and '.join(known)}: give the HF folder of the model instead."
         )
     return _ARCHITECTURES[name]
 
 
 def _expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+    """Of all parameters and persistent buffers, tied ones once."""
+    model = _on_meta(config)
+    tied = model.all_tied_weights_keys.keys()
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -166,6 +222,8 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _gguf_name(hf_name: str, architecture: Architecture) -> str:
     module, _, kind = hf_name.rpartition(".")
+    if kind == "layer_scalar":  # a buffer of the layer itself
+        module, kind = hf_name, "weight"
     if module in _TOP_NAMES:
         return f"{_TOP_NAMES[module]}.{kind}"
     layer, _, rest = module.removeprefix("model.layers.").partition(".")
@@ -185,12 +243,19 @@ def _decode(
         values = values - shift if shift else values
     else:
         values = _decode_by_chunks(tensor, dtype)
+    return _in_our_order(values, name, config, architecture).to(dtype).contiguous()
+
+
+def _in_our_order(
+    rows: Tensor, name: str, config: PreTrainedConfig, architecture: Architecture
+) -> Tensor:
+    """Rows of a tensor, decoded or packed, as transformers has them."""
     if architecture.interleaved and ".self_attn." in name:
         if ".q_proj." in name:
-            values = _deinterleave(values, config.num_attention_heads)
-        elif ".k_proj." in name:
-            values = _deinterleave(values, config.num_key_value_heads)
-    return values.to(dtype).contiguous()
+            return _deinterleave(rows, config.num_attention_heads)
+        if ".k_proj." in name:
+            return _deinterleave(rows, config.num_key_value_heads)
+    return rows
 
 
 def _decode_by_chunks(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
@@ -213,6 +278,9 @@ def _deinterleave(values: Tensor, num_heads: int) -> Tensor:
 
 
 _ARCHITECTURES = {
-    "gemma3": Architecture("gemma3_text", _GEMMA3_NAMES, 1.0, False, gemma3_config),
-    "llama": Architecture("llama", _LLAMA_NAMES, 0.0, True, llama_config),
+    "gemma3": Architecture(("gemma3_text",), _GEMMA3_NAMES, 1.0, False, gemma3_config),
+    "gemma4": Architecture(
+        ("gemma4_text", "gemma4_unified_text"), _GEMMA4_NAMES, 0.0, False, make_config=None
+    ),
+    "llama": Architecture(("llama",), _LLAMA_NAMES, 0.0, True, llama_config),
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
 from qatlora.base.source import Source
@@ -48,14 +48,14 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     """
     lists = tensor_lists(source.model_type, settings.trained)
     config = plain_config(source.folder)
+    require_dense(config, str(source.folder))
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     trained = matching_linears(skeleton, lists.trained)
-    nf4 = matching_linears(skeleton, lists.nf4)
+    nf4 = _nf4_modules(source, skeleton, set(matching_linears(skeleton, lists.nf4)))
     grid = matching_linears(skeleton, lists.q4_0)
     for name in grid:
         require_block_width(name, skeleton.get_submodule(name).in_features, BLOCK_SIZE)
-    _require_same_nf4(source, set(nf4))
     _require_packed_fit(source, grid, skeleton)
     sizes = [skeleton.get_submodule(name).weight.numel() for name in grid]
     return Layout(
@@ -83,17 +83,42 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _require_same_nf4(source: Source, wanted: set[str]) -> None:
-    stored = source.nf4_modules
-    if not stored or stored == wanted:
+def require_dense(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a mixture of experts.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    text = config.get_text_config()
+    if getattr(text, "enable_moe_block", False):
+        raise CheckpointError(
+            f"{name} is a mixture of {text.num_experts} experts, whose weights are one "
+            "tensor per layer that is no linear module, so they could be neither trained nor kept "
+            "as Q4_0. Use a dense checkpoint of the family."
+        )
+
+
+def _nf4_modules(source: Source, skeleton: PreTrainedModel, wanted: set[str]) -> list[str]:
+    """The NF4 list in the model's order; of a build also what it quantized outside of the text."""
+    found = wanted | source.nf4_modules
+    if source.nf4_modules:
+        head = skeleton.get_output_embeddings()
+        text = {*skeleton.get_decoder().modules(), head}
+        extra = sorted(name for name in found - wanted if skeleton.get_submodule(name) in text)
+        _require_same_nf4(source, wanted, extra)
+    return [name for name, _ in skeleton.named_modules() if name in found]
+
+
+def _require_same_nf4(source: Source, wanted: set[str], extra: list[str]) -> None:
+    lacking = sorted(wanted - source.nf4_modules)
+    if not extra and not lacking:
         return
-    extra, lacking = sorted(stored - wanted), sorted(wanted - stored)
     example = f"it quantizes {extra[0]}" if extra else f"it leaves {lacking[0]} unquantized"
     raise CheckpointError(
-        f"{source.folder} stores {len(stored)} modules as NF4 and the list of its architecture has "
-        f"{len(wanted)}: {example}. On a pre-quantized checkpoint the stored list wins silently, "
-        "so it is refused: build it again from the bf16 checkpoint (storage=nf4), which quantizes "
-        "the decoder linears only."
+        f"{source.folder} stores {len(source.nf4_modules)} modules as NF4 and the list of its "
+        f"architecture has {len(wanted)}: {example}. On a pre-quantized checkpoint the stored list "
+        "wins silently, so it is refused: build it again from the bf16 checkpoint (storage=nf4), "
+        "which quantizes the decoder linears only."
     )
 
 

@@ -56,8 +56,8 @@ def rounded_folder(
     if target.is_dir():
         return target
     by_file: dict[Path, set[str]] = defaultdict(set)
-    for name in layout.grid:
-        by_file[source.files[f"{name}.weight"]].add(f"{name}.weight")
+    for name in (f"{module}.weight" for module in layout.grid):
+        by_file[source.files[name]].add(source.stored_names.get(name, name))
     with files.replacing_folder(target) as folder:
         for path in source.folder.iterdir():
             if path.is_file() and path not in by_file:

@@ -6,11 +6,11 @@ packed linears is ever made: the largest thing in memory besides the model is on
 
 from collections.abc import Iterator
 
-import accelerate
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from qatlora.base.assemble import empty_model, fill_model
 from qatlora.base.layout import plain_config
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
@@ -45,21 +45,13 @@ def model_without_packed(
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape.
     """
-    config = plain_config(source.folder)
-    # Parameters on meta, but buffers (rotary frequencies, scales of embeddings) as computed.
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # that hook has given tied parameters copies of their own
+    model = empty_model(plain_config(source.folder), dtype)
     others = dict(_other_tensors(source, device, dtype))
     _require_fit(source, model, others)
-    model.load_state_dict(others, strict=False, assign=True)
-    model.tie_weights()
-    for buffer_name, buffer in list(model.named_buffers()):
-        owner, _, name = buffer_name.rpartition(".")
-        setattr(model.get_submodule(owner), name, buffer.to(device))
+    fill_model(model, others, device)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def model_unpacked(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -86,7 +78,11 @@ def _require_fit(source: Source, model: PreTrainedModel, others: dict[str, Tenso
     tied = {key for keys in _tied_groups(model) if keys & others.keys() for key in keys}
     packed = {f"{name}.weight" for name in source.packed_modules}
     lacking = sorted(expected.keys() - others.keys() - packed - tied)
-    unknown = sorted(others.keys() - expected.keys())
+    # Such as keys and values of layers that share them, which transformers passes over, too.
+    ignored = getattr(model.get_decoder(), "_keys_to_ignore_on_load_unexpected", None) or ()
+    unknown = sorted(
+        key for key in others.keys() - expected.keys() if not any(part in key for part in ignored)
+    )
     misfits = [
         key for key in others.keys() & expected.keys() if others[key].shape != expected[key].shape
     ]

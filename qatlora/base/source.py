@@ -6,14 +6,15 @@ is found before any weight is read.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatlora.base.names import model_name
 from qatlora.base.record import STEPS_FILE, GridRecord, check_tensors, read_record
 from qatlora.base.unpack import embedded_base, unpack_gguf
 from qatlora.config import BaseConfig
@@ -31,7 +32,8 @@ class Source:
         name: how people call this base.
         folder: config.json, safetensors, tokenizer.
         config: the parsed config.json.
-        files: tensor name -> safetensors file that holds it.
+        files: tensor name -> safetensors file that holds it; names are the loaded model's.
+        stored_names: those of the tensors whose name in the file is another one.
         nf4_modules: modules stored as bitsandbytes NF4; empty for an ordinary checkpoint.
         record: what a build of ours knows of the grid of its source, else None.
     """
@@ -42,6 +44,7 @@ class Source:
     files: dict[str, Path]
     nf4_modules: frozenset[str]
     record: GridRecord | None = None
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def packed_modules(self) -> frozenset[str]:
@@ -64,13 +67,17 @@ class Source:
         """Size of all safetensors files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
+    def model_name(self, stored: str) -> str:
+        """The loaded model's name of a tensor called `stored` in its file."""
+        return model_name(stored, self.model_type)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, from the headers."""
         shapes = {}
         for path in sorted(set(self.files.values())):
             with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+                for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    shapes[self.model_name(key)] = tuple(opened.get_slice(key).get_shape())
         return shapes
 
     def tensor(self, name: str) -> Tensor:
@@ -85,7 +92,7 @@ class Source:
                 "folder is incomplete or belongs to another model: download it again."
             )
         with safe_open(self.files[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+            return opened.get_tensor(self.stored_names.get(name, name))
 
     def steps(self, name: str) -> Tensor:
         """The steps that an NF4 build with a record keeps of its source: float16 [out, in / 32]."""
@@ -118,9 +125,15 @@ def read_source(folder: Path, name: str) -> Source:
     found = dict(_tensor_files(folder))
     if record is not None:
         check_tensors(folder, record, found)
-    files = {key: path for key, path in found.items() if path.name != STEPS_FILE}
+    names = {
+        key: model_name(key, config["model_type"])
+        for key, path in found.items()
+        if path.name != STEPS_FILE
+    }
+    files = {called: found[key] for key, called in names.items()}
+    renamed = {called: key for key, called in names.items() if called != key}
     nf4 = frozenset(key.removesuffix(_NF4_SUFFIX) for key in files if key.endswith(_NF4_SUFFIX))
-    return Source(name, folder, config, files, nf4, record)
+    return Source(name, folder, config, files, nf4, record, renamed)
 
 
 def _folder_of(settings: BaseConfig, chat_template: str | None) -> Path:

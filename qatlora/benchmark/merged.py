@@ -72,8 +72,9 @@ def _write_merged(adapted: PlainPeft, source: Source, staging: Path) -> None:
     for path in source.folder.iterdir():
         if path in shards:
             tensors = load_file(path)
-            for name in tensors.keys() & deltas.keys():
-                tensors[name] = _merged(tensors[name], deltas[name])
+            for key in tensors:
+                if (name := source.model_name(key)) in deltas:
+                    tensors[key] = _merged(tensors[key], deltas[name])
             save_file(tensors, staging / path.name, metadata={"format": "pt"})
         elif path.is_file():
             shutil.copy2(path, staging / path.name)

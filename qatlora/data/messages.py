@@ -162,9 +162,12 @@ def _content(
     if content is None and may_be_empty:
         return ""
     if isinstance(content, list):
+        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)} - {"text"}
+        found = f"parts of the kind {', '.join(map(str, sorted(kinds)))}" if kinds else "a list"
         place.refuse(
-            f"message {number} has a list as content",
-            "Only text is supported, no images or parts: make 'content' one string.",
+            f"message {number} has {found} as content",
+            "Only text is trained (a multimodal base keeps its towers, frozen): make 'content' one "
+            "string, and leave conversations about images, audio or video out.",
         )
     if not isinstance(content, str):
         found = f"a JSON {json_kind(content)} as content" if "content" in raw else "no 'content'"

@@ -16,6 +16,7 @@ Templates come from checkpoints, so they are untrusted code: nothing here render
 transformers' sandboxed `apply_chat_template`.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,30 @@ def strip_generation_markers(template: str) -> str:
     return _MARKER.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", template)
 
 
+def own_template(folder: Path) -> str | None:
+    """The chat template that a checkpoint came with; None if it has none."""
+    path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if not settings.is_file():
+        return None
+    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def exported_template(
+    tokenizer: PreTrainedTokenizerBase, trained: str, original: str | None
+) -> str:
+    """The template for the exported file: the original where `trained` is its marked twin.
+
+    llama.cpp knows some templates, and how to parse their tool calls, by their very text.
+    """
+    if original is None or has_generation_markers(original):
+        return strip_generation_markers(trained)
+    is_twin = _render_probes(tokenizer, original) == _render_probes(tokenizer, trained)
+    return original if is_twin else strip_generation_markers(trained)
+
+
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Template with generation markers that renders what the tokenizer's own template renders.
 
@@ -190,8 +215,11 @@ def render(
     conversation: list[dict[str, Any]],
     add_generation_prompt: bool = False,
     tools: list[Any] | None = None,
+    **options: Any,
 ) -> str | None:
     """Text of a conversation; None if the template refuses it.
+
+    `options` are what the template asks for besides, such as enable_thinking.
 
     Raises:
         DataError: the template is not valid Jinja, fails, or uses what the sandbox forbids.
@@ -203,6 +231,7 @@ def render(
             tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **options,
         )
     except Exception as error:  # a template is a program: it can fail in any way
         if (

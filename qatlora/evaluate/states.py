@@ -148,10 +148,15 @@ def scored_states(
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """Find the part of a causal LM whose output goes into lm_head."""
+    """Find the part of a causal LM whose output goes into lm_head; of a multimodal one its text.
+
+    A wrapper looks for places of images among the tokens and masks attention by them; a text has
+    none, and the GGUF is the text decoder alone.
+    """
     unwrap = getattr(model, "get_base_model", None)
     causal_lm = unwrap() if callable(unwrap) else model
-    decoder = getattr(causal_lm, "base_model", None)
+    get_decoder = getattr(causal_lm, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
     if not isinstance(decoder, nn.Module) or decoder is causal_lm:
         raise CheckpointError(
             f"{type(causal_lm).__name__} has no decoder below its output layer. Pass a Hugging "

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qatlora import files
 from qatlora.adapters.model import GridModel
 from qatlora.config import ExportConfig
-from qatlora.data.templates import strip_generation_markers
+from qatlora.data.templates import exported_template, own_template
 from qatlora.errors import ExportError
 from qatlora.export.folders import copy_side_files
 from qatlora.grid import pack
@@ -113,9 +113,12 @@ def stage_other_files(adapted: GridModel, staging: Path) -> None:
     config: dict[str, Any] = dict(source.config)
     config.pop("quantization_config", None)
     files.write_json(staging / "config.json", config)
-    template = adapted.base.tokenizer.chat_template
-    if template:
-        files.write_text(staging / "chat_template.jinja", strip_generation_markers(template))
+    tokenizer = adapted.base.tokenizer
+    if tokenizer.chat_template:
+        template = exported_template(
+            tokenizer, tokenizer.chat_template, own_template(source.folder)
+        )
+        files.write_text(staging / "chat_template.jinja", template)
 
 
 def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
@@ -123,15 +126,17 @@ def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
     source, grid, model = adapted.base.source, set(adapted.base.grid), adapted.base.model
     # Asked of the model: config.json may be silent about it, as Gemma's is.
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    # A stray lm_head.weight in a tied checkpoint would untie the exported model, and a tensor that
+    # the model has no place for (Gemma 4's checkpoints may have k_proj in layers that share their
+    # keys) would be written into the file.
+    wanted = model.state_dict().keys() - ({"lm_head.weight"} if tied else set())
     shards = sorted(set(source.files.values()))
     for number, shard in enumerate(shards, start=1):
         kept = {}
         with safe_open(shard, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                module = key.rsplit(".weight", 1)[0]
-                # A stray lm_head.weight in a tied checkpoint would untie the exported model.
-                if module in grid or (tied and key == "lm_head.weight"):
-                    continue
-                kept[key] = opened.get_tensor(key)
+                name = source.model_name(key)
+                if name in wanted and name.rsplit(".weight", 1)[0] not in grid:
+                    kept[key] = opened.get_tensor(key)
         if kept:
             save_file(kept, staging / f"model-{number:05d}-of-{len(shards):05d}.safetensors")

@@ -75,7 +75,7 @@ def save_checkpoint(
         if (source.folder / _INDEX).is_file():  # shards keep their names and tensors
             files.write_text(partial / _INDEX, (source.folder / _INDEX).read_text("utf-8"))
         for shard in sorted(set(source.files.values())):
-            tensors = _with_deployed(shard, layers, written, on_tensor)
+            tensors = _with_deployed(source, shard, layers, written, on_tensor)
             save_file(tensors, partial / shard.name, metadata={"format": "pt"})
         files.write_json(partial / IDENTITY, made_by | {"blocks": written.digests})
     return CheckpointResult(
@@ -87,14 +87,19 @@ def save_checkpoint(
 
 
 def _with_deployed(
-    shard: Path, layers: dict[str, GridLayer], written: _Written, on_tensor: OnTensor
+    source: Source,
+    shard: Path,
+    layers: dict[str, GridLayer],
+    written: _Written,
+    on_tensor: OnTensor,
 ) -> dict[str, Tensor]:
     """The shard's tensors, those on the grid replaced, and a count of what a reader will find."""
     tensors = {}
     with safe_open(shard, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-            name = key.removesuffix(".weight")
-            if name not in layers or name == key:
+            called = source.model_name(key)
+            name = called.removesuffix(".weight")
+            if name not in layers or name == called:
                 tensors[key] = opened.get_tensor(key)
                 continue
             blocks = deployed_weight(layers[name])

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qatlora.adapters.saved import load_adapter, read_identity
 from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.stores import dequantized_nf4
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
@@ -117,7 +117,7 @@ def _before_and_after(
     base = load_base(source, layout, storage, settings.device, tokenizer)
     adapted, _ = load_adapter(base, place.folder)
     model = _checkpoint(Checkpoint(source, layout, None), settings)
-    deploy_embeddings(model, settings.other_type)
+    deploy_others(model, layout.grid, settings.other_type)
     num_bytes = _deployed_bytes(model, place.base, settings.other_type)
     _put_blocks(model, adapted.base_blocks())
     yield LoadedModel(BEFORE, model, num_bytes)

@@ -28,6 +28,13 @@ from conversion import ModelBase, ModelType, get_model_architecture, get_model_c
 from gguf.utility import SafetensorsLocal
 
 _BLOCK, _BLOCK_BYTES = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_0]
+_ARCHITECTURES = (
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "LlamaForCausalLM",
+)
 _MAX_EXACT = 1 << 24  # row and column numbers must be exact in float32
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -171,8 +178,7 @@ def _modified(model: ModelBase, name: str, probe: torch.Tensor) -> tuple[str, to
 def main(arguments: list[str]) -> int:
     """Entry point; see the head of the file."""
     if arguments == ["--check"]:
-        # The classes of the two architectures that every installation is tested with.
-        for architecture in ("Gemma3ForCausalLM", "LlamaForCausalLM"):
+        for architecture in _ARCHITECTURES:
             get_model_class(architecture)
         return 0
     logging.basicConfig(level=logging.INFO)

@@ -13,6 +13,7 @@ from qatlora.report.escape import visible
 from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.plan_text import fit_cells, part_cells
 from qatlora.report.preview_text import (
     LENGTH_HEADER,
     example_title,
@@ -41,6 +42,9 @@ def to_console(report: RunReport) -> RenderableType:
     if report.teacher_cache:
         rows = cache_rows(report.teacher_cache)
         parts.append(plain_table("held-out text", CACHE_HEADER, rows))
+    if report.plan:
+        parts.append(plain_table("memory", *part_cells(report.plan)))
+        parts.append(plain_table("longest row of tokens", *fit_cells(report.plan)))
     if report.fidelity:
         cells = console_cells(report.fidelity)
         parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))

@@ -51,6 +51,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "preview": parts.pop("preview"),
         "checkpoint": parts.pop("checkpoint"),
         "benchmark": parts.pop("benchmark"),
+        "plan": parts.pop("plan"),
         "fidelity": parts.pop("fidelity"),
         "versions": parts.pop("versions"),
         **parts,

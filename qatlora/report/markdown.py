@@ -30,6 +30,7 @@ from qatlora.report.formatting import (
 from qatlora.report.inspect_plot import INSPECT_PLOT
 from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
+from qatlora.report.plan_text import plan_tables
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.preview_plot import LENGTHS_PLOT
 from qatlora.report.preview_text import preview_sections
@@ -50,6 +51,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     sections = [
         ("", _verdict(report)),
         ("Tensors on the grid", _inspection(report, plots)),
+        ("Memory", plan_tables(report.plan) if report.plan else ()),
         ("Conversations", _preview(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
         ("What the cache keeps", _cache(report, plots)),

@@ -11,6 +11,7 @@ from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 
 SCHEMA_VERSION = 1
@@ -274,6 +275,7 @@ class RunReport:
     preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None
+    plan: PlanResult | None = None
     fidelity: FidelityResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)

@@ -6,6 +6,7 @@ from qatlora.report.cache_text import cache_facts
 from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
+from qatlora.report.plan_text import plan_headline
 from qatlora.report.preview_text import headline as preview_headline
 from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
@@ -33,6 +34,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.plan is not None:
+        return Verdict(plan_headline(report.plan), None, [])
     if report.preview is not None:
         return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:

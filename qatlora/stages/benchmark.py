@@ -10,7 +10,7 @@ from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_base, load_tokenizer
 from qatlora.base.on_grid import on_grid_share, rounded_folder
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
 from qatlora.benchmark.adapters import Records, num_trials, run_all, summarize
 from qatlora.benchmark.build import Ground
@@ -127,7 +127,7 @@ def _bench(state: Run, ground: Ground, batches: Batches) -> tuple[Bench, Losses,
     """The base itself: its blocks, its states as the teacher, its losses, its digest."""
     storage = StorageConfig(kind=Storage.q4_0)
     base = load_base(ground.source, ground.layout, storage, ground.device, state.tokenizer)
-    deploy_embeddings(base.model, ground.other_type)
+    deploy_others(base.model, base.grid, ground.other_type)
     precision = dtype_of(state.cfg.evaluate.logits_precision)
     evaluation = Evaluation(batches.texts, ScoreSettings(compute_dtype=precision))
     with state.bar("base's states", evaluation.num_tokens, "tokens") as advance:

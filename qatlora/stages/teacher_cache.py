@@ -13,7 +13,7 @@ from torch import nn
 
 from qatlora.base.digests import digest_of_tensors
 from qatlora.base.load import load_base, load_plain
-from qatlora.base.others import deploy_embeddings
+from qatlora.base.others import deploy_others
 from qatlora.base.teacher import teacher_source
 from qatlora.data.rows import IGNORED, Row, first_rows, text_key
 from qatlora.distill import (
@@ -143,7 +143,7 @@ def _measure(state: Run, cache: TeacherCache) -> list[CachePoint]:
     """What the words kept are worth to the base that training would start from."""
     cfg, key = state.cfg, cache.index.key
     state.base = load_base(state.source, state.layout, cfg.storage, state.device, state.tokenizer)
-    deploy_embeddings(state.base.model, cfg.export.other_type.name)
+    deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
     head = cache.head(state.device)
     top_ks = sorted(k for k in {*_MEASURED_TOP_K, key.top_k} if k < key.vocab_size)
     points = []

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qatlora.base.layout import find_layout
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import load_base, load_plain, load_tokenizer
-from qatlora.base.others import deploy_embeddings, deployed_embedding
+from qatlora.base.others import deploy_others, deployed_other
 from qatlora.base.source import find_source
 from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store
 from qatlora.config import BaseConfig, Storage, StorageConfig
@@ -210,7 +210,7 @@ def test_an_unknown_model_type_is_refused(tiny_llama_folder: Path, tmp_path: Pat
     folder = edited_folder(tiny_llama_folder, tmp_path / "base", model_type="mamba")
     message = layout_refusal(folder)
     assert "model_type is 'mamba'" in message
-    assert "gemma3, gemma3_text, llama" in message
+    assert "gemma3, gemma3_text, gemma4, gemma4_text, gemma4_unified, llama" in message
     assert "add the architecture's lists" in message
 
 
@@ -233,7 +233,8 @@ def test_embeddings_become_what_q8_0_makes_of_them(folder: Path):
         encoded = gguf.quants.quantize(layer.weight.float().numpy(), kind)
         expected.append(torch.from_numpy(gguf.quants.dequantize(encoded, kind)).bfloat16())
     before = [layer.weight.clone() for layer in layers]
-    deploy_embeddings(model, "q8_0")
+    base = BaseConfig(path=str(folder))
+    deploy_others(model, find_layout(find_source(base), base).grid, "q8_0")
     for layer, weight, old in zip(layers, expected, before, strict=True):
         assert torch.equal(layer.weight, weight)
         assert not torch.equal(layer.weight, old)
@@ -242,4 +243,4 @@ def test_embeddings_become_what_q8_0_makes_of_them(folder: Path):
 @pytest.mark.parametrize("other_type", ["bf16", "f32"])
 def test_embeddings_in_bf16_or_f32_stay_as_they_are(other_type: str):
     weight = torch.randn(8, 64).bfloat16()
-    assert torch.equal(deployed_embedding(weight, other_type).bfloat16(), weight)
+    assert torch.equal(deployed_other(weight, other_type).bfloat16(), weight)

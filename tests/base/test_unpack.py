@@ -139,7 +139,7 @@ def test_missing_and_left_over_tensors_are_named(tmp_path: Path, tokenizer_model
 
 @pytest.mark.parametrize(
     ("architecture", "reason"),
-    [("gemma4", "Gemma 4 model.*HF folder"), ("qwen3", "'qwen3'.*gemma3 and llama")],
+    [("gemma4", "Gemma 4 model.*base.path=FOLDER"), ("qwen3", "'qwen3'.*gemma3 and llama")],
 )
 def test_other_architectures_are_refused_with_the_way_out(
     tmp_path: Path, tokenizer_model: Path, architecture: str, reason: str

@@ -75,7 +75,7 @@ BAD_LINES = {
     "no content": (line({"role": "user"}), "message 1 has no 'content'"),
     "null": (line(message("user", None)), "a JSON null as content"),
     "content number": (line(message("user", 3)), "a JSON number as content"),
-    "image": (line(message("user", [{"type": "image"}])), "Only text is supported"),
+    "image": (line(message("user", [{"type": "image"}])), "kind image.*Only text"),
     "empty": (line(*talk("Hi", " \n")), r"message 2 \(assistant\) is empty"),
     "half a pair": ('{"messages": [{"role": "user", "content": "\\ud83e"}]}', "surrogate"),
     "late system": (

@@ -8,7 +8,8 @@ from staging_cases import decoded, edit_json, make_staging
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf, packed_model_from_gguf
+from qatlora.base.linear import GridLinear
 from qatlora.base.unpack import unpack_gguf
 from qatlora.errors import ExportError
 from qatlora.llamacpp import tools
@@ -113,6 +114,10 @@ def test_the_reloaded_model_computes_what_the_decoded_checkpoint_computes(conver
         assert torch.equal(weight, state[name]), name
     ids = torch.arange(40).reshape(1, 40)
     assert torch.equal(reloaded(ids).logits, expected.eval()(ids).logits)
+    packed = packed_model_from_gguf(conversion.path, config, torch.float32)
+    assert torch.equal(packed(ids).logits, reloaded(ids).logits)
+    stored = [module for module in packed.modules() if isinstance(module, GridLinear)]
+    assert len(stored) == len(conversion.packed)
 
 
 def assert_unpacks_to(made: Conversion, folder: Path, deployed: dict[str, Tensor]) -> None:

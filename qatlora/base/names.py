@@ -1,0 +1,34 @@
+"""Names of tensors: in the files of a checkpoint, and in the model that transformers loads.
+
+Multimodal checkpoints are published with the names of the transformers version they were made
+with, and transformers renames them while it loads (and back when it saves). Everything here goes by
+the names of the loaded model.
+"""
+
+import re
+
+# Keyed by `model_type`: patterns at the start of a name in the files, and what stands there in the
+# model; the first that matches counts. The rules are transformers 5.23's; a test compares them.
+_RENAMED = {
+    "gemma3": (
+        (r"language_model\.model\.", "model.language_model."),
+        (r"language_model\.lm_head\.", "lm_head."),
+        (r"vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        (r"multi_modal_projector\.", "model.multi_modal_projector."),
+    ),
+    "gemma4_unified": (
+        (r"model\.vision_embedder\.", "model.embed_vision."),
+        (
+            r"model\.embed_vision\.embedding_projection\.",
+            "model.embed_vision.multimodal_embedder.embedding_projection.",
+        ),
+    ),
+}
+
+
+def model_name(stored: str, model_type: str) -> str:
+    """The name that a tensor called `stored` in the files has in the loaded model."""
+    for pattern, replacement in _RENAMED.get(model_type, ()):
+        if match := re.match(pattern, stored):
+            return replacement + stored[match.end() :]
+    return stored

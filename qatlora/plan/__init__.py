@@ -1,0 +1,1 @@
+"""How much memory a run needs, from the architecture alone; used by recipe=plan and preflight."""

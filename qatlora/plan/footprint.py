@@ -1,0 +1,199 @@
+"""The one model of memory: what a run holds at its four peaks, part by part.
+
+    load      the base as it comes in
+    train     base + adapter, gradients, moments + kept activations + a chunk of the loss
+    evaluate  base + decoded weights, if they are held + the teacher until training is over
+    export    base + the model read back from the candidate
+
+All figures are bytes on the device; on a CPU that is host memory, to which the imported libraries
+come. Fragmentation and the caches of an allocator are not counted.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from qatlora.distill import LossSettings
+from qatlora.plan.shape import ModelShape, num_weights
+
+BF16_BYTES = 2
+FP32_BYTES = 4
+STEP_BITS = 16 / 32  # an fp16 step per block
+# NF4 with double quant: an 8-bit scale per 64 weights, and an fp32 one per 256 of those.
+CODE_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "q4_0": 4.0, "bf16": 16.0}
+# Where a trained layer keeps its blocks until the backward pass: int8 levels and their steps.
+_KEPT_BLOCK_BITS = 8 + STEP_BITS
+# Of a trained weight: itself, its gradient and two moments.
+LATENT_BYTES = 4 * FP32_BYTES
+# While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
+_WORKSPACE_BYTES_PER_WEIGHT = BF16_BYTES + 1
+_TILE_BYTES = 64e6
+_SCORED_BLOCK_BYTES = 32e6
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of a run that its memory depends on.
+
+    Attributes:
+        storage: nf4, q4_0 or bf16.
+        adapter: lora, steps or both; None where the weights themselves are trained.
+        rank: of the factors of the levels.
+        steps_rank: of those of the steps.
+        tokens: of a micro-batch: rows times their length.
+        checkpointing: whether activations are computed again in the backward pass.
+        keep_blocks: whether layers keep their blocks from forward to backward.
+        teacher: none, cache or memory.
+        holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
+        trains: whether there is a training stage.
+        loads_dense: whether the base comes from a dense folder (else from a build, or to NF4).
+        on_host: whether the device is the host itself. It maps the dense folder, so that only the
+            tensor at work is in memory; but the base stays there beside the model that is read
+            back, where it would else have moved away for it.
+    """
+
+    storage: str
+    adapter: str | None = "lora"
+    rank: int = 16
+    steps_rank: int = 16
+    tokens: int = 1024
+    checkpointing: bool = False
+    keep_blocks: bool = True
+    teacher: str = "none"
+    holds_weights: bool = True
+    trains: bool = True
+    loads_dense: bool = False
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part.
+
+    Attributes:
+        weights: codes of the Q4_0 list, without steps.
+        steps: theirs.
+        others: embeddings, norms and towers, in bf16.
+        adapter: trainable parameters, float32.
+        gradients: theirs.
+        optimizer: two moments of AdamW.
+        activations: kept for the backward pass by one micro-batch, and one layer's gradients.
+        blocks: deployed blocks kept for it.
+        loss: logits of a chunk, and gradients of the hidden states.
+        teacher: its weights.
+        workspace: temporaries of the largest matrix.
+        held: decoded weights while many forwards run.
+        read_back: the model read back from the candidate.
+        dense: the base's weights before they are packed.
+        base_stays: whether the base is still there while the file is read back.
+    """
+
+    weights: float
+    steps: float
+    others: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    blocks: float
+    loss: float
+    teacher: float
+    workspace: float
+    held: float
+    read_back: float
+    dense: float
+    base_stays: bool
+
+    @property
+    def base(self) -> float:
+        """The loaded base."""
+        return self.weights + self.steps + self.others
+
+    @property
+    def load(self) -> float:
+        """Peak while loading."""
+        return self.base + self.dense + self.teacher + self.workspace
+
+    @property
+    def train(self) -> float:
+        """Peak of a training step."""
+        course = self.adapter + self.gradients + self.optimizer
+        step = self.activations + self.blocks + self.loss + self.workspace
+        return self.base + self.teacher + course + step
+
+    @property
+    def evaluate(self) -> float:
+        """Peak of an evaluation before training."""
+        return self.base + self.adapter + self.teacher + self.held + self.workspace
+
+    @property
+    def export(self) -> float:
+        """Peak of export and guard."""
+        ours, file = self.base + self.adapter, self.read_back
+        together = ours + file if self.base_stays else max(ours, file)
+        return max(ours + self.held, together) + self.workspace
+
+    @property
+    def peak(self) -> float:
+        """The largest of the four."""
+        return max(self.load, self.train, self.evaluate, self.export)
+
+
+def footprint(shape: ModelShape, job: Job) -> Footprint:
+    """The memory of a job on an architecture."""
+    coded = shape.nf4 if job.storage == "nf4" else shape.grid
+    dense_in_memory = shape.num_grid_weights - num_weights(coded)  # Q4_0 in the GGUF alone
+    weights = num_weights(coded) * CODE_BITS[job.storage] / 8 + dense_in_memory * BF16_BYTES
+    others = (shape.num_parameters - shape.num_grid_weights) * BF16_BYTES
+    workspace = max(map(_area, shape.grid)) * _WORKSPACE_BYTES_PER_WEIGHT + _TILE_BYTES
+    one_layer = max(shape.kept.layers)  # its gradients, while the backward pass is in it
+    dense_text = shape.num_text_parameters * BF16_BYTES
+    packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - 4.5 / 8)
+    result = Footprint(
+        weights=weights,
+        steps=shape.num_grid_weights * STEP_BITS / 8,
+        others=others,
+        **_course(shape, job),
+        activations=job.tokens * (shape.kept.total(checkpointing=job.checkpointing) + one_layer),
+        blocks=_block_bytes(shape, job),
+        loss=_loss_bytes(shape, job),
+        teacher=shape.num_parameters * BF16_BYTES if job.teacher == "memory" else 0.0,
+        workspace=workspace,
+        held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
+        read_back=dense_text if job.holds_weights else packed_text,
+        dense=num_weights(coded) * BF16_BYTES if job.loads_dense and not job.on_host else 0.0,
+        base_stays=job.holds_weights or job.on_host,
+    )
+    if job.trains:
+        return result
+    course = ("gradients", "optimizer", "activations", "blocks", "loss")
+    return dataclasses.replace(result, **dict.fromkeys(course, 0.0))
+
+
+def _course(shape: ModelShape, job: Job) -> dict[str, float]:
+    """Parameters, gradients and moments."""
+    if job.adapter is None:
+        trained = num_weights(shape.trained)
+    else:
+        trained = shape.adapter_parameters(job.adapter, job.rank, job.steps_rank)
+    one = trained * FP32_BYTES
+    return {"adapter": one, "gradients": one, "optimizer": LATENT_BYTES * trained - 2 * one}
+
+
+def _block_bytes(shape: ModelShape, job: Job) -> float:
+    if not job.keep_blocks:
+        return 0.0
+    all_blocks = num_weights(shape.trained) * _KEPT_BLOCK_BITS / 8
+    # Computed again, a layer keeps its blocks no longer than its own backward pass.
+    return all_blocks / len(shape.kept.layers) if job.checkpointing else all_blocks
+
+
+def _loss_bytes(shape: ModelShape, job: Job) -> float:
+    """Logits of a chunk in bf16, the teacher's beside them, and the states with their gradient."""
+    models = 1 if job.teacher == "none" else 2
+    logits = models * LossSettings().chunk_tokens * shape.vocab_size * BF16_BYTES
+    states = (1 + models) * job.tokens * shape.hidden_size * BF16_BYTES
+    return logits + states + _SCORED_BLOCK_BYTES
+
+
+def _area(matrix: tuple[int, int]) -> int:
+    return matrix[0] * matrix[1]

@@ -1,0 +1,63 @@
+"""The three lists at true size, counted on the meta device."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qatlora.base.architectures import matching_linears, tensor_lists
+from qatlora.base.published import published_config, published_names
+
+# Trained; Q4_0 in the GGUF. 31B: 50 sliding layers of 7 linears and 10 full ones of 6, whose keys
+# are their values; the layers of E4B and E2B that share keys and values have 5.
+LINEARS = {
+    "gemma4_31b": (410, 410),
+    "gemma4_26b_a4b": (205, 205),  # and its experts
+    "gemma4_12b": (328, 328),
+    "gemma4_e4b": (258, 258 + 2 * 42),
+    "gemma4_e2b": (205, 205 + 2 * 35),  # Google's own GGUF has 275 Q4_0 tensors
+    "gemma3_27b": (7 * 62, 7 * 62),
+    "gemma3_12b": (7 * 48, 7 * 48),
+    "gemma3_4b": (7 * 34, 7 * 34),
+    "gemma3_1b": (7 * 26, 7 * 26),
+    "gemma3_270m": (7 * 18, 7 * 18),
+}
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(published_config(name))
+
+
+def test_every_published_configuration_is_counted():
+    assert set(LINEARS) == set(published_names())
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_the_lists_hold_the_linears_of_the_decoder_and_nothing_else(name: str):
+    model = skeleton(name)
+    lists = tensor_lists(model.config.model_type)
+    trained = matching_linears(model, lists.trained)
+    assert (len(trained), len(matching_linears(model, lists.q4_0))) == LINEARS[name]
+    assert matching_linears(model, lists.nf4) == trained
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    assert all(id(model.get_submodule(module)) in decoder for module in trained)
+
+
+def test_the_600_linears_of_the_public_nf4_build_are_410_and_the_vision_tower():
+    """Its card says that the tower is in bf16; 190 of its linears are not."""
+    model = skeleton("gemma4_31b")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    tower = [name for name in linears if name.startswith("model.vision_tower.")]
+    decoder = matching_linears(model, tensor_lists("gemma4").nf4)
+    assert (len(decoder), len(tower)) == (410, 190)
+    assert len(decoder) + len(tower) == 600
+
+
+def test_parameters_are_those_of_the_names():
+    billions = {"31b": 31.3, "26b_a4b": 25.8, "12b": 12.0, "e4b": 7.9, "e2b": 5.1}
+    for name in (name for name in published_names() if name.startswith("gemma4")):
+        parameters = sum(parameter.numel() for parameter in skeleton(name).parameters())
+        assert parameters / 1e9 == pytest.approx(billions[re.sub("gemma4_", "", name)], abs=0.05)

@@ -1,0 +1,95 @@
+"""Every published layout without experts, end to end: load, train, guard, export, run the file.
+
+The trained model, the model read back from the GGUF and what llama.cpp makes of that file must be
+one: the first two to the last bit, the third within the noise of its 8-bit activations, and without
+these (the same weights as F32) within that of sums in another order.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pipeline_cases import settings, write_data
+from sample_text import sentences
+
+from qatlora import pipeline
+from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.layout import plain_config
+from qatlora.base.load import load_tokenizer
+from qatlora.config import AdapterKind, Storage
+from qatlora.llamacpp import tools
+
+WINDOW, WINDOWS = 64, 3  # tokens: twice the sliding window
+NOISE_NATS = {"Q4_0": 2.4e-3, "F32": 1e-6}
+"""Mean KLD of equal weights, transformers in float32 against llama.cpp."""
+CASES = [(Storage.nf4, AdapterKind.lora), (Storage.q4_0, AdapterKind.steps)]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(part.name for part in case))
+def test_what_was_trained_is_what_llama_cpp_runs(
+    case: tuple[Storage, AdapterKind],
+    tiny_multimodal_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    cfg = settings(tiny_multimodal_folder, files, tmp_path)
+    cfg.storage.kind, cfg.adapter.kind = case
+    cfg.train.max_steps = 2
+    cfg.evaluate.hold_weights = case[0] is Storage.nf4  # the other case reads back what is packed
+    pipeline.run(cfg)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    gates = {gate["name"]: gate for gate in report["guard"]["gates"]}
+    assert gates["identity"]["value"] == 0
+    assert gates["before_after_kld_mean"]["value"] == 0
+    assert gates["effect_changed"]["value"] > 0
+
+    gguf = Path(report["export"]["path"])
+    text = " ".join(sentences(60))
+    ids = load_tokenizer(tiny_multimodal_folder)(text).input_ids
+    assert tools.tokenize(gguf, text) == ids
+    model = model_from_gguf(gguf, plain_config(tiny_multimodal_folder), torch.float32)
+    wide = tmp_path / "f32.gguf"
+    tools._run_tool("llama-quantize", ["--allow-requantize", str(gguf), str(wide), "F32"], 60)
+    for path, kind in ((gguf, "Q4_0"), (wide, "F32")):
+        windows = llama_cpp_log_probs(path, text, tmp_path / "logits.bin")
+        klds = [kld_of_window(model, ids, theirs) for ids, theirs in windows]
+        assert np.mean(klds) < NOISE_NATS[kind], kind
+
+
+def llama_cpp_log_probs(
+    gguf: Path, text: str, logits: Path
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (token ids of a window, log-probabilities [scored, V]) of llama.cpp."""
+    document = logits.with_suffix(".txt")
+    document.write_text(text, encoding="utf-8")
+    options = ["-m", gguf, "-f", document, "-c", WINDOW, "-b", WINDOW, "--chunks", WINDOWS]
+    options += ["--kl-divergence-base", logits]
+    tools._run_tool("llama-perplexity", [str(option) for option in options], timeout=120)
+    content = logits.read_bytes()
+    magic, _, vocab, _ = struct.unpack_from("<8s3i", content)
+    assert magic == b"_logits_"
+    ids = np.frombuffer(content, "<i4", WINDOWS * WINDOW, 20).reshape(WINDOWS, WINDOW)
+    width = 2 * ((vocab + 1) // 2) + 4
+    rows = np.frombuffer(content, "<u2", offset=20 + ids.nbytes).reshape(WINDOWS, -1, width)
+    for window, coded in zip(ids, rows, strict=True):
+        scale, least = np.ascontiguousarray(coded[:, :4]).view("<f4").T[..., None]
+        yield window, least + scale * coded[:, 4 : 4 + vocab]
+
+
+@torch.no_grad()
+def kld_of_window(model: torch.nn.Module, window: np.ndarray, theirs: np.ndarray) -> list[float]:
+    """KL(ours || theirs) in nats for each scored position of the window's second half."""
+    ids = torch.from_numpy(window.astype(np.int64))
+    ids[0] = model.config.bos_token_id
+    ours = model(ids[None]).logits[0, WINDOW // 2 : -1].double().log_softmax(-1)
+    return (ours.exp() * (ours - torch.from_numpy(theirs))).sum(-1).tolist()
