@@ -37,8 +37,10 @@ STAGES = (
     "publish",
     "save_base",
     "benchmark",
+    "validate",
     "fidelity",
     "report",
+    "decide",
 )
 """Names of the pipeline's stages, in the only order in which they can run."""
 
@@ -394,6 +396,12 @@ class GuardConfig:
     drift_kld_increase_max_nats: float = 0.15
     llama_cpp: bool = True
     """Judge the file in llama.cpp itself where its tools are installed."""
+    llama_cpp_windows: int = 3
+    """Windows of held-out general text for it; the second half of each is scored."""
+    llama_cpp_window_tokens: int = 256
+    llama_cpp_weights_kld_max_nats: float = 5e-4
+    llama_cpp_kld_max_nats: float = 0.01
+    llama_cpp_teacher_kld_max_nats: float = 0.02
     override: str | None = None
     """Reason to publish although a gate failed; stamped into the GGUF."""
 
@@ -427,6 +435,22 @@ class InspectConfig:
 
     against: str | None = None
     """HF folder of the checkpoint before an edit or merge; null: no comparison."""
+
+
+@dataclass
+class ValidateConfig:
+    """What is judged before a Q4_0 export, beside the run's base."""
+
+    merged: str | None = None
+    """HF folder of a merged checkpoint."""
+    adapter: str | None = None
+    """Folder of a plain LoRA (PEFT, Unsloth, Axolotl), to be merged into the base."""
+    gguf: str | None = None
+    """A finished GGUF of the merged checkpoint, or of the base."""
+    min_share_kept: float = 0.8
+    """Share of the merge's effect that Q4_0 must keep."""
+    gguf_kld_max_nats: float = 0.01
+    """Mean KLD from the checkpoint to the GGUF at most, nats per token."""
 
 
 @dataclass
@@ -527,6 +551,7 @@ class RootConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
@@ -579,6 +604,9 @@ def _settle_paths(root: RootConfig) -> None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
     if root.teacher.cache_path is not None:
         root.teacher.cache_path = str(Path(root.teacher.cache_path).expanduser().absolute())
+    for key in ("merged", "adapter", "gguf"):
+        if (path := getattr(root.validate, key)) is not None:
+            setattr(root.validate, key, str(Path(path).expanduser().absolute()))
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

@@ -23,6 +23,7 @@ from qatlora.config import (
     TeacherKind,
     TrainConfig,
     Trained,
+    ValidateConfig,
 )
 from qatlora.config_chats import check_chat_source
 from qatlora.config_teacher_rules import check_losses, check_teacher
@@ -50,6 +51,11 @@ _MINIMA = {
     "guard.roundtrip_kld_mean_max_nats": 0,
     "guard.roundtrip_kld_p99_max_nats": 0,
     "guard.roundtrip_same_top_min_share": 0,
+    "guard.llama_cpp_windows": 1,
+    "guard.llama_cpp_window_tokens": 8,
+    "guard.llama_cpp_weights_kld_max_nats": 0,
+    "guard.llama_cpp_kld_max_nats": 0,
+    "guard.llama_cpp_teacher_kld_max_nats": 0,
     "logging.log_steps": 1,
     "seed": 0,
     "benchmark.rounds": 1,
@@ -57,6 +63,7 @@ _MINIMA = {
     "benchmark.max_steps": 1,
     "benchmark.rows_per_step": 1,
     "benchmark.eval_tokens": 1,
+    "validate.gguf_kld_max_nats": 0,
     "fidelity.tokens_per_text": 2,
     "fidelity.window_tokens": 8,
     "fidelity.worst_tokens": 0,
@@ -99,6 +106,8 @@ def validate(cfg: RootConfig) -> None:
     _check_plan(cfg.plan)
     if "benchmark" in cfg.stages:
         _check_benchmark(cfg)
+    if "validate" in cfg.stages:
+        _check_validate(cfg.validate)
     if "fidelity" in cfg.stages:
         _check_fidelity(cfg.fidelity)
 
@@ -256,6 +265,26 @@ def _check_inspect(inspect: InspectConfig) -> None:
             f"inspect.against={inspect.against}: no such folder. Give the Hugging Face folder of "
             "the checkpoint before the edit, with config.json and safetensors files."
         )
+
+
+def _check_validate(settings: ValidateConfig) -> None:
+    if settings.merged is not None and settings.adapter is not None:
+        raise ConfigError(
+            f"validate.merged={settings.merged} and validate.adapter={settings.adapter}: one merge "
+            "is judged at a time. Give only one of the two keys."
+        )
+    given = {key: getattr(settings, key) for key in ("merged", "adapter", "gguf")}
+    if not any(given.values()):
+        raise ConfigError(
+            "validate.merged, validate.adapter and validate.gguf are empty: there is nothing to "
+            "judge. Give validate.merged=FOLDER, validate.adapter=FOLDER or validate.gguf=FILE, "
+            "and base.path of the checkpoint that it was made from."
+        )
+    for key, path in given.items():
+        found = path is None or (Path(path).is_file() if key == "gguf" else Path(path).is_dir())
+        if not found:
+            kind = "file" if key == "gguf" else "folder"
+            raise ConfigError(f"validate.{key}={path}: there is no such {kind}. Give its path.")
 
 
 def _check_plan(plan: PlanConfig) -> None:

@@ -4,9 +4,9 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-preview_data, benchmark and fidelity are one stage between preflight and report, teacher_cache one
-after load_data, plan one before report. Those stages are in `qatlora.stages`, and there is told
-where a run's teacher comes from.
+preview_data, benchmark, fidelity and validate are one stage between preflight and report,
+teacher_cache one after load_data, plan one before report; decide ends validate with its exit code.
+Those stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -41,7 +41,7 @@ from qatlora.export.candidate import write_candidate
 from qatlora.export.checkpoint import require_plain
 from qatlora.export.publish import publish
 from qatlora.grid.fused import compiles_on
-from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.source import check_converter, llama_cpp_version
@@ -56,6 +56,7 @@ from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.plan import plan
 from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
+from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.stages.teacher import (
     batch_teacher,
     check_teacher,
@@ -64,6 +65,7 @@ from qatlora.stages.teacher import (
     open_cache,
 )
 from qatlora.stages.teacher_cache import check_teacher_cache, teacher_cache
+from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -104,7 +106,9 @@ def _preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
-    if {"build", "preview_data", "load_data", "load_base", "fidelity"} & set(cfg.stages):
+    if "validate" in cfg.stages:
+        check_validate(state)
+    if {"build", "preview_data", "load_base", "load_data", "fidelity"} & set(cfg.stages):
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
@@ -113,6 +117,8 @@ def _preflight(state: Run) -> None:
         check_teacher(state)
     if "teacher_cache" in cfg.stages:
         check_teacher_cache(state)
+    if "guard" in cfg.stages:
+        announce_runtime(state)
     if "fidelity" in cfg.stages:
         check_fidelity(state)
     progress.say(f"{cfg.card.name} on {state.source.name}: {preflight.describe(needs)}")
@@ -239,7 +245,7 @@ def _guard(state: Run) -> None:
     gates += effect_gates(state.num_changed, _improvement(state), cfg.guard)
     before, after = evaluation.kld("base", "general"), evaluation.kld("merged", "general")
     gates.append(drift_gate(before, after, cfg.guard))
-    gates.append(llama_cpp_gate())
+    gates += runtime_gates(state)
     state.guard = verdict(gates, cfg.guard.override)
     if not state.guard.passed:
         try:
@@ -278,8 +284,10 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "publish": _publish,
     "save_base": save_base,
     "benchmark": benchmark,
+    "validate": validate,
     "fidelity": fidelity,
     "report": _write_report,
+    "decide": decide,
 }
 
 

@@ -49,6 +49,7 @@ _TEACHERS = {
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
 _CHECKPOINT_BYTES = LATENT_BYTES - FP32_BYTES  # of a trained weight: all but its gradient
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
+_VALIDATED_MODELS = 4  # the base, the merge, and it by both ways to Q4_0
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
 _EFFICIENCY = 0.3
 
@@ -90,6 +91,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         return _estimate_benchmark(cfg, source, layout, device)
     if "teacher_cache" in cfg.stages:
         return _estimate_cache(cfg, source, layout, device)
+    if "validate" in cfg.stages:
+        return _estimate_validate(cfg, source, layout, device)
     if "fidelity" in cfg.stages:
         return _estimate_fidelity(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
@@ -187,6 +190,21 @@ def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
     if cfg.storage.kind is Storage.nf4:
         memory += built
     return Needs(memory, built, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
+
+
+def _estimate_validate(
+    cfg: RootConfig, source: Source, layout: Layout, device: torch.device
+) -> Needs:
+    """One model after the other: in bf16, and in fp32 where an adapter is merged or types read."""
+    text = source.config.get("text_config", source.config)
+    decoder = 2.0 * layout.num_grid_weights + 2.0 * int(text["hidden_size"]) * int(
+        text["vocab_size"]
+    )
+    tokens = 2 * _VALIDATED_MODELS * cfg.data.eval_tokens  # of two texts
+    memory = _IMPORTED_LIBRARIES_BYTES + layout.num_parameters * (FP32_BYTES + BF16_BYTES)
+    disk = layout.num_parameters * (2 * BF16_BYTES + 1)  # in the temporary folder
+    seconds = tokens * decoder / (_EFFICIENCY * _measured_rate(device))
+    return Needs(memory, disk, seconds + layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
 
 
 def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:

@@ -45,6 +45,8 @@ from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
+from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -63,6 +65,7 @@ class Run:
     layout: Layout | None = None
     against: Source | None = None  # the checkpoint that the source is compared with
     inspection: InspectResult | None = None
+    validation: ValidateResult | None = None
     benchmark: BenchmarkResult | None = None
     plan: PlanResult | None = None
     planned_base: BaseResult | None = None  # what was planned for, where nothing is loaded
@@ -75,7 +78,7 @@ class Run:
     batches: Batches | None = None
     build: BuildResult | None = None
     cache_result: CacheResult | None = None
-    built_base: BaseResult | None = None  # the base that a built folder is
+    base_result: BaseResult | None = None  # what is known of it where none is loaded to be trained
     base: LoadedBase | None = None
     teacher: PreTrainedModel | None = None  # a model besides the student's
     cache: TeacherCache | None = None  # the teacher on disk
@@ -88,6 +91,7 @@ class Run:
     train: TrainResult | None = None
     candidate: Candidate | None = None
     guard: GuardResult | None = None
+    runtime: RuntimeResult | None = None
     export: ExportResult | None = None
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
@@ -132,8 +136,10 @@ def report_of(state: Run) -> RunReport:
         train=state.train,
         texts=state.evaluation.results() if state.evaluation else {},
         guard=state.guard,
+        runtime=state.runtime,
         export=state.export,
         inspect=state.inspection,
+        validate=state.validation,
         preview=state.preview,
         checkpoint=state.checkpoint,
         benchmark=state.benchmark,
@@ -151,13 +157,13 @@ def report_of(state: Run) -> RunReport:
 
 
 def _base_result(state: Run) -> BaseResult:
-    """The loaded base or what was built of it; else what the headers tell."""
+    """The loaded base, or what a stage has said of it; else what the headers tell."""
     base = state.base
     if base is not None:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
-    counted = state.built_base or state.planned_base
+    counted = state.base_result or state.planned_base
     if counted is not None:
         return counted
     share = state.inspection.on_grid_share if state.inspection else None

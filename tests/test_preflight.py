@@ -64,6 +64,23 @@ def test_a_cache_counts_its_tokens_its_head_and_the_teacher_alone(tiny_llama_fol
     assert longer.memory_bytes == needs.memory_bytes
 
 
+def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
+    tiny_llama_folder: Path,
+) -> None:
+    cfg = RootConfig(stages=["preflight", "load_data", "validate", "report"])
+    cfg.base.path = str(tiny_llama_folder)
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    streaming = RootConfig(stages=["preflight", "inspect"])
+    libraries = 1.1e9
+    assert needs.memory_bytes - libraries == pytest.approx(6 * layout.num_parameters)
+    assert needs.disk_bytes == 5 * layout.num_parameters
+    assert (
+        needs.seconds > preflight.estimate(streaming, source, layout, torch.device("cpu")).seconds
+    )
+
+
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,21 +1,18 @@
 """Statistics over tokens, as llama-perplexity --kl-divergence prints them.
 
-Source: llama.cpp, tools/perplexity/perplexity.cpp, `kl_divergence`: standard error of a mean
-sqrt((E[x^2] - E[x]^2) / (n - 1)); percentiles by linear interpolation at fraction * (n - 1), in
-float32; same-top share with sqrt(p (1 - p) / (n - 1)). Sums are float64. Two differences: standard
-errors are given for 10 tokens or fewer too (the tool prints 0 there, which a guard would take for
-certainty), and perplexities come from the tokens that were scored, not from half windows.
+The definitions are those of `qatlora.llamacpp.kld_statistics`; here they are applied to scores of
+any tokens, where the program scores half windows.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qatlora.errors import DataError
 from qatlora.evaluate.scores import TokenScores
+from qatlora.llamacpp import kld_statistics
 
 
 @dataclass(frozen=True)
@@ -113,9 +110,7 @@ def mean_of(values: Tensor) -> Mean:
             f"{len(values)} tokens were scored: a standard error needs at least 2. "
             "Give a longer held-out text."
         )
-    values = values.double()
-    value = values.mean().item()
-    return Mean(value, values.std(correction=1).item() / math.sqrt(len(values)))
+    return Mean(*kld_statistics.mean_and_error(values.numpy()))
 
 
 def mean_difference(nll: Tensor, other_nll: Tensor) -> Mean:
@@ -137,20 +132,14 @@ def mean_difference(nll: Tensor, other_nll: Tensor) -> Mean:
 
 def percentile(sorted_values: Tensor, fraction: float) -> float:
     """Linear interpolation at fraction * (n - 1) of ascending float32 values, like llama.cpp."""
-    values = sorted_values.numpy()
-    position = np.float32(fraction) * np.float32(len(values) - 1)
-    index = int(position)
-    rest = np.float32(position - np.float32(index))
-    above = values[min(index + 1, len(values) - 1)]
-    return float((np.float32(1) - rest) * values[index] + rest * above)
+    return kld_statistics.percentile(sorted_values.numpy(), fraction)
 
 
 def _summarize_kld(kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Tensor) -> KldSummary:
     mean, top = mean_of(kld), mean_of(same_top)
     ordered = kld.float().sort().values
-    squared_dp = (torch.exp(-nll.double()) - torch.exp(-reference_nll.double())).square()
-    mean_square = mean_of(squared_dp)
-    rms_dp = math.sqrt(mean_square.value)
+    dp = torch.exp(-nll.double()) - torch.exp(-reference_nll.double())
+    rms_dp, rms_dp_stderr = kld_statistics.root_mean_square(dp.numpy())
     return KldSummary(
         mean=mean.value,
         mean_stderr=mean.stderr,
@@ -164,7 +153,7 @@ def _summarize_kld(kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Te
         same_top=top.value,
         same_top_stderr=top.stderr,
         rms_dp=rms_dp,
-        rms_dp_stderr=0.5 / rms_dp * mean_square.stderr if rms_dp else 0.0,
+        rms_dp_stderr=rms_dp_stderr,
     )
 
 

@@ -8,11 +8,21 @@
 A gate never prints and never raises: `qatlora.guard.judge` decides what follows.
 """
 
+import math
+
 import numpy as np
 
 from qatlora.config import Effect, GuardConfig
 from qatlora.evaluate import KldSummary, Mean
 from qatlora.report.results import GateResult
+from qatlora.report.results_runtime import (
+    CANDIDATE,
+    CANDIDATE_F32,
+    CONTROL,
+    TRAINED_FP32,
+    RuntimeResult,
+    RuntimeRow,
+)
 
 _EFFECTS = {
     Effect.task_loss: ("effect_loss", "held-out loss"),
@@ -39,8 +49,8 @@ def before_after_gates(
     median = float(np.max([summary.median for summary in roundtrip.values()]))
     where = " and ".join(roundtrip)
     return [
-        _at_most("self_kld", self_kld_max, 0.0, "nats", "largest KLD of the model to itself"),
-        _at_most(
+        at_most("self_kld", self_kld_max, 0.0, "nats", "largest KLD of the model to itself"),
+        at_most(
             "before_after_kld_mean",
             mean,
             settings.roundtrip_kld_mean_max_nats,
@@ -48,14 +58,14 @@ def before_after_gates(
             f"trained model against the file read back, on {where}: "
             f"median {median:.2g}, largest {worst:.2g}",
         ),
-        _at_most(
+        at_most(
             "before_after_kld_p99",
             p99,
             settings.roundtrip_kld_p99_max_nats,
             "nats/token",
             "99th percentile of the same",
         ),
-        _at_least(
+        at_least(
             "before_after_same_top",
             same_top,
             settings.roundtrip_same_top_min_share,
@@ -77,8 +87,8 @@ def effect_gates(num_changed: int, improvement: Mean, settings: GuardConfig) -> 
     errors = improvement.value / improvement.stderr if improvement.stderr > 0 else 0.0
     name, figure = _EFFECTS[settings.effect]
     gates = [
-        _at_least("effect_changed", float(num_changed), 1.0, "levels and steps", "changed in all"),
-        _at_least(
+        at_least("effect_changed", float(num_changed), 1.0, "levels and steps", "changed in all"),
+        at_least(
             name,
             errors,
             settings.effect_min_standard_errors,
@@ -88,7 +98,7 @@ def effect_gates(num_changed: int, improvement: Mean, settings: GuardConfig) -> 
     ]
     if settings.require_effect:
         return gates
-    return [_skipped(gate, "guard.require_effect=false") for gate in gates]
+    return [skipped(gate, "guard.require_effect=false") for gate in gates]
 
 
 def drift_gate(
@@ -97,9 +107,9 @@ def drift_gate(
     """KLD to the teacher on general text: merged minus base, within the budget."""
     limit = settings.drift_kld_increase_max_nats
     if base is None or merged is None:
-        gate = _at_most("drift", None, limit, "nats/token", "KLD to the teacher on general text")
-        return _skipped(gate, "there is no teacher")
-    return _at_most(
+        gate = at_most("drift", None, limit, "nats/token", "KLD to the teacher on general text")
+        return skipped(gate, "there is no teacher")
+    return at_most(
         "drift",
         merged.mean - base.mean,
         limit,
@@ -108,22 +118,71 @@ def drift_gate(
     )
 
 
-def llama_cpp_gate() -> GateResult:
-    """The same comparison in the real runtime: not part of this version."""
-    gate = _at_most("llama_cpp", None, 0.0, "nats/token", "the file in llama.cpp")
-    return _skipped(gate, "not measured by this recipe; gates 1 to 4 decide")
+def llama_cpp_gates(measured: RuntimeResult, settings: GuardConfig) -> list[GateResult]:
+    """The candidate in llama.cpp against the trained model, and both distances to the teacher."""
+    rows = {row.model: row for row in measured.rows}
+    control = _to_trained(rows[CONTROL])
+    gates = [
+        at_most(
+            "llama_cpp_weights",
+            _to_trained(rows[CANDIDATE_F32]),
+            settings.llama_cpp_weights_kld_max_nats,
+            "nats/token",
+            "KLD from the trained model in fp32 to the file decoded to F32, in llama.cpp",
+        ),
+        at_most(
+            "llama_cpp",
+            _to_trained(rows[CANDIDATE]),
+            settings.llama_cpp_kld_max_nats,
+            "nats/token",
+            f"the same to the file itself; to llama-quantize's Q4_0 of that model {control:.4g}",
+        ),
+    ]
+    teacher = at_most(
+        "llama_cpp_teacher",
+        _teacher_difference(rows[TRAINED_FP32], rows[CANDIDATE]),
+        settings.llama_cpp_teacher_kld_max_nats,
+        "nats/token",
+        "KLD to the teacher, llama.cpp against transformers",
+    )
+    without = rows[TRAINED_FP32].to_teacher is None
+    return [*gates, skipped(teacher, "there is no teacher") if without else teacher]
 
 
-def _at_most(name: str, value: float | None, limit: float, unit: str, message: str) -> GateResult:
+def llama_cpp_skipped(reason: str, settings: GuardConfig) -> GateResult:
+    """Nothing could be run, for a reason that says nothing about the file."""
+    return skipped(llama_cpp_failed("the file in llama.cpp", settings), reason)
+
+
+def llama_cpp_failed(message: str, settings: GuardConfig) -> GateResult:
+    """llama.cpp was there and could not run the file."""
+    limit = settings.llama_cpp_kld_max_nats
+    return at_most("llama_cpp", None, limit, "nats/token", message)
+
+
+def _to_trained(row: RuntimeRow) -> float:
+    return math.nan if row.to_trained is None else row.to_trained.mean
+
+
+def _teacher_difference(trained: RuntimeRow, candidate: RuntimeRow) -> float | None:
+    if trained.to_teacher is None or candidate.to_teacher is None:
+        return None
+    return abs(candidate.to_teacher.mean - trained.to_teacher.mean)
+
+
+def at_most(name: str, value: float | None, limit: float, unit: str, message: str) -> GateResult:
+    """A gate for a figure that must not exceed its limit; None fails."""
     passed = value is not None and value <= limit
     return GateResult(name, value, limit, unit, "passed" if passed else "failed", message)
 
 
-def _at_least(name: str, value: float, limit: float, unit: str, message: str) -> GateResult:
+def at_least(name: str, value: float, limit: float, unit: str, message: str) -> GateResult:
+    """A gate for a figure that must reach its limit; NaN fails."""
     status = "passed" if value >= limit else "failed"
     return GateResult(name, value, limit, unit, status, message)
 
 
-def _skipped(gate: GateResult, reason: str) -> GateResult:
+def skipped(gate: GateResult, reason: str) -> GateResult:
+    """The gate with its figure, but without a verdict."""
     message = f"{gate.message} (skipped: {reason})"
     return GateResult(gate.name, gate.value, gate.limit, gate.unit, "skipped", message)

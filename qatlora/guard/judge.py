@@ -21,7 +21,17 @@ _REMEDIES = {
     "train.learning_rate, or evaluate on more tokens (data.eval_tokens).",
     "drift": "The model forgot too much: raise teacher.general_kl_weight, lower "
     "train.learning_rate, or accept it with a larger guard.drift_kld_increase_max_nats.",
-    "llama_cpp": "The runtime disagrees with training: check the pinned llama.cpp version.",
+    "llama_cpp_weights": "llama.cpp computes another model from the file than was trained: the "
+    "converter or the pinned version does not know this architecture as transformers does.",
+    "llama_cpp": "The file runs otherwise than it was trained: look at llama_cpp_weights first, "
+    "then check the pinned llama.cpp version (guard.llama_cpp=false leaves it out).",
+    "llama_cpp_teacher": "As for llama_cpp; or measure more windows (guard.llama_cpp_windows).",
+    "on_grid": "The merge took the base off its grid: train inside it (recipe=chat_sft).",
+    "effect_kept": "Rounding to Q4_0 undoes the merge: train inside the grid (recipe=chat_sft with "
+    "the same base and chats), or bring the merged checkpoint onto a grid (recipe=qat_distill).",
+    "gguf_blocks": "The file was quantized anew: export the blocks themselves "
+    "(recipe=export_gguf adapter.path=RUN/adapter).",
+    "gguf_kld": "The file is another model than the checkpoint: look at the types of its tensors.",
 }
 
 

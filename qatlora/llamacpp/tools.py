@@ -4,7 +4,8 @@
 
 Every program runs with LLAMA_ARG_REPACK=0: weights stay as the file has them. It makes figures of
 different machines comparable, and on some virtual machines llama.cpp's AMX kernels, which belong
-to the same switch, crash although the processor announces them.
+to the same switch, crash although the processor announces them. And with OMP_WAIT_POLICY=passive:
+threads that wait actively make a run many times slower where other programs want the same cores.
 """
 
 import ast
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -32,9 +34,10 @@ TOOLS = (
     "llama-tokenize",
     "llama-completion",
 )
-_INSTALL = "python -m qatlora.llamacpp.tools install"
+INSTALL = "python -m qatlora.llamacpp.tools install"
 _SUFFIX = ".exe" if os.name == "nt" else ""
 _LOG_TAIL_LINES = 8
+_MIN_ATTEMPTS, _MAX_ATTEMPTS, _SECONDS_OF_ATTEMPTS = 2, 200, 120
 _CONFIGURE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -47,7 +50,6 @@ _CONFIGURE_OPTIONS = (
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _PROGRESS_MARK = re.compile(r"\[\s*(\d+)%\]|\[(\d+)/(\d+)\]")  # of make; of ninja
 _END_OF_TEXT = " [end of text]"
-_ESTIMATE = re.compile(r"Final estimate: PPL = ([0-9.]+) \+/- ([0-9.]+)")
 
 
 def find_tool(name: str) -> Path | None:
@@ -103,7 +105,7 @@ def tokenize(gguf: Path, text: str, add_bos: bool = True) -> list[int]:
         ToolError: the program is missing or failed.
     """
     options = ["--stdin", "--ids", *([] if add_bos else ["--no-bos"])]
-    output = _run_tool("llama-tokenize", ["-m", str(gguf), *options], timeout=300, stdin=text)
+    output = run_tool("llama-tokenize", ["-m", str(gguf), *options], timeout=300, stdin=text)
     ids: list[int] = ast.literal_eval(output.strip().splitlines()[-1])
     return ids
 
@@ -127,25 +129,6 @@ def complete(gguf: Path, prompt: str, max_tokens: int) -> str:
     return _complete(gguf, prompt, max_tokens, ["-no-cnv"])
 
 
-def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[float, float]:
-    """Perplexity and its standard error, by llama-perplexity.
-
-    Of each window of `window` tokens the second half is scored.
-
-    Raises:
-        ToolError: the program is missing or failed, or the text is too short.
-    """
-    options = ["-m", str(gguf), "-f", str(text), "-c", str(window), "--chunks", str(max_windows)]
-    output = _run_tool("llama-perplexity", options, timeout=7200, keep_errors=True)
-    match = _ESTIMATE.search(output)
-    if match is None:
-        raise ToolError(
-            f"llama-perplexity gave no estimate for {text}: it needs at least two windows of "
-            f"{window} tokens. It ended with: {_tail(output)}"
-        )
-    return float(match[1]), float(match[2])
-
-
 def quantize(gguf: Path, target: Path, other_type: str) -> None:
     """Write `target` as llama-quantize's Q4_0, embeddings and output as `other_type` (q8_0, ...).
 
@@ -153,7 +136,16 @@ def quantize(gguf: Path, target: Path, other_type: str) -> None:
         ToolError: the program is missing or failed.
     """
     types = ["--token-embedding-type", other_type, "--output-tensor-type", other_type]
-    _run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
+    run_tool("llama-quantize", [*types, str(gguf), str(target), "Q4_0"], timeout=7200)
+
+
+def convert_types(gguf: Path, target: Path, kind: str) -> None:
+    """Write `target` with every matrix as `kind` (F32, BF16, ...), decoded from what it is.
+
+    Raises:
+        ToolError: the program is missing or failed.
+    """
+    run_tool("llama-quantize", ["--allow-requantize", str(gguf), str(target), kind], timeout=7200)
 
 
 def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> str:
@@ -162,7 +154,7 @@ def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> s
         # The program takes one line break off the end of the file.
         prompt_file.write_text(prompt + "\n", encoding="utf-8")
         fixed = ["--temp", "0", "--no-warmup", "--no-display-prompt", "--simple-io"]
-        output = _run_tool(
+        output = run_tool(
             "llama-completion",
             ["-m", str(gguf), "-f", str(prompt_file), "-n", str(max_tokens), *options, *fixed],
             timeout=1800,
@@ -170,19 +162,43 @@ def _complete(gguf: Path, prompt: str, max_tokens: int, options: list[str]) -> s
     return output.rstrip().removesuffix(_END_OF_TEXT)
 
 
-def _run_tool(
+def run_until(name: str, arguments: list[str], timeout: float, wanted: re.Pattern[str]) -> str:
+    """Run a program until its log has the line that it ends with.
+
+    llama.cpp writes its log in a thread and does not wait for it at exit, so that the last lines
+    of a short run may be missing. A run that has failed for good is repeated in vain: look into
+    the log that is returned.
+
+    Raises:
+        ToolError: as `run_tool`.
+    """
+    start = time.monotonic()
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
+        output = run_tool(name, arguments, timeout, keep_errors=True)
+        in_time = time.monotonic() - start < _SECONDS_OF_ATTEMPTS or attempt < _MIN_ATTEMPTS
+        if wanted.search(output) or not in_time:
+            break
+    return output
+
+
+def run_tool(
     name: str, arguments: list[str], timeout: float, stdin: str = "", keep_errors: bool = False
 ) -> str:
+    """What a program prints on stdout, with `keep_errors` also on stderr.
+
+    Raises:
+        ToolError: the program is missing, failed, or took longer than `timeout` seconds.
+    """
     path = find_tool(name)
     if path is None:
         raise ToolError(
-            f"{name} is not there: build llama.cpp's tools with `{_INSTALL}`, or set "
+            f"{name} is not there: build llama.cpp's tools with `{INSTALL}`, or set "
             f"{TOOLS_VARIABLE} to a folder that has it."
         )
     try:
         run = subprocess.run(
             [str(path), *arguments],
-            env=os.environ | {"LLAMA_ARG_REPACK": "0"},
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"LLAMA_ARG_REPACK": "0"},
             input=stdin.encode(),
             capture_output=True,
             timeout=timeout,
@@ -196,7 +212,7 @@ def _run_tool(
     if run.returncode != 0:
         raise ToolError(
             f"{name} failed with exit code {run.returncode} on {' '.join(arguments)}: "
-            f"{_tail(errors)}. If it is another version, build the pinned one with `{_INSTALL}`."
+            f"{tail(errors)}. If it is another version, build the pinned one with `{INSTALL}`."
         )
     output = run.stdout.decode(errors="replace")
     return output + errors if keep_errors else output
@@ -228,20 +244,21 @@ def _run_build(command: list[str], log: Path) -> None:
     files.write_text(log, "".join(lines))
     if process.returncode != 0:
         raise ToolError(
-            f"`{' '.join(command[:4])} ...` failed (its log: {log}): {_tail(''.join(lines))}. A "
+            f"`{' '.join(command[:4])} ...` failed (its log: {log}): {tail(''.join(lines))}. A "
             "C++17 compiler is needed; or set "
             f"{TOOLS_VARIABLE} to a folder with {', '.join(TOOLS)}."
         )
 
 
-def _tail(text: str) -> str:
+def tail(text: str) -> str:
+    """The last lines of a log, on one line."""
     return " | ".join(text.strip().splitlines()[-_LOG_TAIL_LINES:])
 
 
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m qatlora.llamacpp.tools`."""
     if arguments != ["install"]:
-        print(f"usage: {_INSTALL}", file=sys.stderr)
+        print(f"usage: {INSTALL}", file=sys.stderr)
         return 2
     try:
         print(install())

@@ -22,7 +22,9 @@ from qatlora.report.preview_text import (
 )
 from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.results_preview import PreviewResult
+from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
 
 _STATUS_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -35,6 +37,10 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(_score_table(rows))
     if report.inspect:
         parts.append(_inspect_table(report.inspect))
+    if report.validate:
+        if report.validate.kept:
+            parts.append(plain_table("Q4_0 exports", KEPT_HEADER, kept_rows(report.validate)))
+        parts.append(plain_table("trained tensors", TYPES_HEADER, type_rows(report.validate)))
     if report.preview:
         parts += _preview_parts(report.preview)
     if report.benchmark:
@@ -50,6 +56,8 @@ def to_console(report: RunReport) -> RenderableType:
         parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
+    if report.runtime:
+        parts.append(plain_table("in llama.cpp", RUNTIME_HEADER, runtime_rows(report.runtime)))
     outcome = verdict(report)
     style = {True: "bold green", False: "bold red", None: "bold"}[outcome.good]
     parts.append(Text(visible(outcome.headline), style=style))

@@ -35,7 +35,11 @@ from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.preview_plot import LENGTHS_PLOT
 from qatlora.report.preview_text import preview_sections
 from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
+from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
+from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_caption, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
 
 _VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
 
@@ -50,6 +54,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
     title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
     sections = [
         ("", _verdict(report)),
+        ("What Q4_0 keeps", _validation(report.validate)),
         ("Tensors on the grid", _inspection(report, plots)),
         ("Memory", plan_tables(report.plan) if report.plan else ()),
         ("Conversations", _preview(report, plots)),
@@ -58,6 +63,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Models against their references", _fidelity(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
+        ("In llama.cpp", _runtime(report.runtime)),
         ("What changed", _changes(report, plots)),
         ("Answers before and after", _samples(report)),
         ("Training", _training(report, plots)),
@@ -111,6 +117,17 @@ def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
         )
 
 
+def _validation(result: ValidateResult | None) -> Iterator[str]:
+    if result is None:
+        return
+    if result.kept:
+        rows = [[inline(cell) for cell in row] for row in kept_rows(result)]
+        yield "Shares of the merge's effect: of the fall of the held-out loss, and by the KLD."
+        yield table(KEPT_HEADER, rows, "lrrr")
+    yield "The trained tensors of the checkpoint in each type."
+    yield table(TYPES_HEADER, [[inline(cell) for cell in row] for row in type_rows(result)], "lrr")
+
+
 def _inspection(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.inspect is not None:
         yield _plot(INSPECT_PLOT, "Share on the grid, errors and peak levels", plots)
@@ -148,9 +165,10 @@ def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     rows = [[inline(cell) for cell in row] for row in score_rows(report)]
     if rows:
+        reference = "first model of a text" if report.validate else "teacher"
         yield (
-            "Held-out text. KLD is KL(teacher || model) in nats per token; same top is the share "
-            "of tokens whose likeliest next token is the teacher's; ± is one standard error."
+            f"Held-out text. KLD is KL({reference} || model) in nats per token; same top is the "
+            "share of tokens whose likeliest next token is that one's; ± is one standard error."
         )
         yield table(SCORE_HEADER, rows, "llrrrrrr")
     yield _plot(KLD_PLOT, "Distribution of the per-token KLD to the teacher", plots)
@@ -175,6 +193,13 @@ def _gates(guard: GuardResult | None) -> Iterator[str]:
         for gate in guard.gates
         if gate.message and gate.status != "failed"
     )
+
+
+def _runtime(result: RuntimeResult | None) -> Iterator[str]:
+    if result is not None:
+        yield runtime_caption(result)
+        rows = [[inline(cell) for cell in row] for row in runtime_rows(result)]
+        yield table(RUNTIME_HEADER, rows, "lrrrrr")
 
 
 def _changes(report: RunReport, plots: Collection[str]) -> Iterator[str]:

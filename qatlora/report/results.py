@@ -13,6 +13,8 @@ from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
+from qatlora.report.results_runtime import RuntimeResult
+from qatlora.report.results_validate import ValidateResult
 
 SCHEMA_VERSION = 1
 
@@ -270,8 +272,10 @@ class RunReport:
     train: TrainResult | None = None
     texts: dict[str, dict[str, TextResult]] = field(default_factory=dict)  # text -> model -> result
     guard: GuardResult | None = None
+    runtime: RuntimeResult | None = None
     export: ExportResult | None = None
     inspect: InspectResult | None = None
+    validate: ValidateResult | None = None
     preview: PreviewResult | None = None
     checkpoint: CheckpointResult | None = None
     benchmark: BenchmarkResult | None = None

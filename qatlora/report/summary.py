@@ -11,6 +11,7 @@ from qatlora.report.preview_text import headline as preview_headline
 from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.validate_text import validate_headline, validate_reasons
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Verdict:
         headline: the sentence, without what is in `reasons`.
         good: True for a guard that passed, False for one that failed, None where none ran.
         reasons: one line per gate that failed, and the reason of an override; what an inspection
-            means.
+            or a validation means.
     """
 
     headline: str
@@ -31,6 +32,10 @@ class Verdict:
 
 def verdict(report: RunReport) -> Verdict:
     """The verdict on `report`: what the guard said, what was found, or what was built."""
+    if report.validate is not None:
+        good = None if report.guard is None else report.guard.passed
+        reasons = validate_reasons(report.validate, report.guard)
+        return Verdict(validate_headline(report.guard), good, reasons)
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
@@ -70,6 +75,9 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines += _build_facts(report.build, report.base)
     if report.teacher_cache:
         lines += cache_facts(report.teacher_cache)
+    if report.validate:
+        lines.append((report.validate.what, report.validate.path))
+        lines.append(("base", report.validate.base))
     if report.preview:
         lines += preview_facts(report.preview)
     if report.export:

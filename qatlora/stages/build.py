@@ -57,14 +57,14 @@ def build(state: Run) -> None:
         if kind == "nf4":
             continuation = check_nf4(folder, layout, state.tokenizer, cfg.build, state.device)
         state.build = _result(state, record, folder, continuation)
-        state.built_base = BaseResult(
+        state.base_result = BaseResult(
             name=source.name,
             storage=kind,
             parameters=layout.num_parameters,
             on_grid_share=record.on_grid_share,
             digest=record.base_digest,
         )
-        card = model_card(state.build, state.built_base, cfg.base.hub_id)
+        card = model_card(state.build, state.base_result, cfg.base.hub_id)
         files.write_text(folder / CARD, card)
 
 

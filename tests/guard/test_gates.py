@@ -2,9 +2,25 @@ import pytest
 
 from qatlora.config import Effect, GuardConfig
 from qatlora.evaluate import KldSummary, Mean
-from qatlora.guard.gates import before_after_gates, drift_gate, effect_gates, llama_cpp_gate
+from qatlora.guard.gates import (
+    before_after_gates,
+    drift_gate,
+    effect_gates,
+    llama_cpp_failed,
+    llama_cpp_gates,
+    llama_cpp_skipped,
+)
 from qatlora.guard.judge import explain, verdict
 from qatlora.report.results import GateResult
+from qatlora.report.results_runtime import (
+    CANDIDATE,
+    CANDIDATE_F32,
+    CONTROL,
+    TRAINED_FP32,
+    RuntimeKld,
+    RuntimeResult,
+    RuntimeRow,
+)
 
 LIMITS = GuardConfig(
     roundtrip_kld_mean_max_nats=1e-6,
@@ -112,12 +128,75 @@ def test_without_a_teacher_drift_is_skipped_with_the_reason():
         assert "there is no teacher" in gate.message
 
 
-def test_the_runtime_gate_is_skipped_and_says_so():
-    assert llama_cpp_gate().status == "skipped"
+def runtime(
+    weights: float = 1e-6, own: float = 2e-3, teacher: tuple[float, float] | None = (0.4, 0.41)
+) -> RuntimeResult:
+    """Figures of gate 5; the pair is what transformers and llama.cpp find to the teacher."""
+
+    def row(model: str, to_trained: float | None, to_teacher: float | None) -> RuntimeRow:
+        pair = (
+            None if mean is None else RuntimeKld(mean, 0.0, 0.0, 0.0, 1.0, 0.0)
+            for mean in (to_trained, to_teacher)
+        )
+        return RuntimeRow(model, 10.0, 1.0, *pair)
+
+    by_hf, by_llama = teacher or (None, None)
+    rows = [
+        row(TRAINED_FP32, None, by_hf),
+        row(CANDIDATE_F32, weights, None),
+        row(CANDIDATE, own, by_llama),
+        row(CONTROL, 0.03, by_llama),
+    ]
+    return RuntimeResult(3, 256, 381, rows)
+
+
+@pytest.mark.parametrize(
+    ("gate", "at_the_limit", "beyond"),
+    [
+        ("llama_cpp_weights", runtime(weights=5e-4), runtime(weights=5.01e-4)),
+        ("llama_cpp", runtime(own=0.01), runtime(own=0.0101)),
+        ("llama_cpp_teacher", runtime(teacher=(0.5, 0.48001)), runtime(teacher=(0.5, 0.4799))),
+        ("llama_cpp_teacher", runtime(teacher=(0.5, 0.51999)), runtime(teacher=(0.5, 0.5201))),
+        ("llama_cpp", runtime(), runtime(own=float("nan"))),
+    ],
+)
+def test_the_runtime_agrees_within_its_limits(
+    gate: str, at_the_limit: RuntimeResult, beyond: RuntimeResult
+):
+    assert set(statuses(llama_cpp_gates(at_the_limit, LIMITS)).values()) == {"passed"}
+    found = statuses(llama_cpp_gates(beyond, LIMITS))
+    assert found.pop(gate) == "failed"
+    assert set(found.values()) == {"passed"}
+
+
+def test_the_naive_control_stands_beside_the_figure_of_the_file():
+    gate = llama_cpp_gates(runtime(), LIMITS)[1]
+    assert gate.message.endswith("to llama-quantize's Q4_0 of that model 0.03")
+
+
+def test_without_a_teacher_the_runtime_is_compared_with_the_trained_model_alone():
+    found = statuses(llama_cpp_gates(runtime(teacher=None), LIMITS))
+    assert found == {
+        "llama_cpp_weights": "passed",
+        "llama_cpp": "passed",
+        "llama_cpp_teacher": "skipped",
+    }
+
+
+def test_a_runtime_that_is_absent_skips_its_gate_and_one_that_breaks_fails_it():
+    skipped = llama_cpp_skipped("no tools", LIMITS)
+    assert (skipped.status, skipped.value) == ("skipped", None)
+    assert "no tools" in skipped.message
+    failed = llama_cpp_failed("llama-perplexity failed with exit code 1", LIMITS)
+    assert failed.status == "failed"
+    assert "exit code 1" in explain(verdict([failed], None))
 
 
 def test_a_verdict_passes_with_skipped_gates_and_fails_with_one_failed():
-    gates = [*before_after_gates(0.0, {"task": kld()}, LIMITS), llama_cpp_gate()]
+    gates = [
+        *before_after_gates(0.0, {"task": kld()}, LIMITS),
+        llama_cpp_skipped("no tools", LIMITS),
+    ]
     assert verdict(gates, None).passed
     failed = verdict([*gates, drift_gate(kld(0), kld(1), LIMITS)], None)
     assert not failed.passed
@@ -134,6 +213,7 @@ def test_every_gate_that_can_fail_is_explained_by_name_figure_limit_and_remedy()
     texts = {"task": kld(1.0, 1.0, 0.5)}
     gates = before_after_gates(1.0, texts, LIMITS) + effect_gates(0, Mean(-1.0, 0.1), LIMITS)
     gates.append(drift_gate(kld(0), kld(1), LIMITS))
+    gates += llama_cpp_gates(runtime(1.0, 1.0, (0.0, 1.0)), LIMITS)
     gates.append(GateResult("identity", 3.0, 0.0, "differing blocks", "failed", "3 of 9"))
     assert {gate.status for gate in gates} == {"failed"}
     for gate in gates:

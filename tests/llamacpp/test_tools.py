@@ -1,4 +1,5 @@
 import platform
+import re
 import stat
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 
 from qatlora.errors import ToolError
 from qatlora.llamacpp import tools
+from qatlora.llamacpp.perplexity import perplexity
 
 
 @pytest.fixture
@@ -55,14 +57,25 @@ def test_programs_read_the_text_as_it_is_and_keep_weights_unpacked(fake_tools: P
     assert tools.tokenize(Path("model.gguf"), "é\n\n") == [4]
 
 
-def test_the_estimate_of_perplexity_is_read_from_the_log(fake_tools: Path):
+def test_the_estimate_of_perplexity_is_read_from_the_log(
+    fake_tools: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_program(
         fake_tools / "llama-perplexity", 'echo "1 I Final estimate: PPL = 13.5663 +/- 2.5" >&2'
     )
-    assert tools.perplexity(Path("m.gguf"), Path("t.txt"), 128, 2) == (13.5663, 2.5)
+    assert perplexity(Path("m.gguf"), Path("t.txt"), 128, 2) == (13.5663, 2.5)
     write_program(fake_tools / "llama-perplexity", "echo too short >&2")
+    monkeypatch.setattr(tools, "_MAX_ATTEMPTS", 2)
     with pytest.raises(ToolError, match=r"two windows of 128 tokens.*too short"):
-        tools.perplexity(Path("m.gguf"), Path("t.txt"), 128, 2)
+        perplexity(Path("m.gguf"), Path("t.txt"), 128, 2)
+
+
+def test_a_run_whose_log_lost_its_end_is_repeated(fake_tools: Path):
+    script = 'echo run >> "$0.runs"; test $(wc -l < "$0.runs") -lt 3 || echo the end'
+    write_program(fake_tools / "llama-perplexity", script)
+    output = tools.run_until("llama-perplexity", [], 60, re.compile("the end"))
+    assert output == "the end\n"
+    assert (fake_tools / "llama-perplexity.runs").read_text().count("run") == 3
 
 
 def test_the_build_makes_only_the_five_programs_without_server_network_and_amx():

@@ -1,0 +1,37 @@
+"""The deployed model as a plain transformers model in float32, which holds its weights exactly."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qatlora.adapters.model import GridModel
+from qatlora.base.load import load_plain
+from qatlora.base.others import deploy_others
+from qatlora.grid import decode
+
+
+@torch.no_grad()
+def deployed_model(adapted: GridModel, other_type: str, device: torch.device) -> PreTrainedModel:
+    """Load the source anew and put the deployed blocks, decoded, in the places of its linears.
+
+    Nothing of an exported file is read: it is what that file is compared with.
+
+    Args:
+        adapted: the trained model.
+        other_type: GGUF type of the other matrices (see `deploy_others`).
+        device: where the model goes.
+    """
+    model = load_plain(adapted.base.source.folder, device, torch.float32)
+    for name, blocks in adapted.deployed():
+        bias = model.get_submodule(name).bias
+        weight = decode(blocks, torch.float32).to(device)
+        with torch.device("meta"):  # of an NF4 build the layer is no nn.Linear, so all are made new
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", bias)  # type: ignore[arg-type]
+        model.set_submodule(name, linear)
+    nn.Module.float(
+        model
+    )  # the rest of an NF4 build comes in bf16; transformers' own float refuses
+    deploy_others(model, adapted.base.grid, other_type)
+    return model

@@ -1,0 +1,32 @@
+"""Two ways to Q4_0 for a finished checkpoint."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from qatlora.base.source import Source
+from qatlora.grid import Q4Blocks, decode, encode_reference, recover
+
+NamedBlocks = Iterator[tuple[str, Q4Blocks]]
+
+
+def by_llama_cpp(source: Source, names: Iterable[str], device: torch.device) -> NamedBlocks:
+    """Blocks as llama-quantize makes them."""
+    for name in names:
+        yield name, encode_reference(source.tensor(f"{name}.weight").to(device))
+
+
+def by_grid(source: Source, names: Iterable[str], device: torch.device) -> NamedBlocks:
+    """Blocks as qatlora makes them: recovered where a block lies on a grid, else searched."""
+    for name in names:
+        yield name, recover(source.tensor(f"{name}.weight").to(device)).blocks
+
+
+@torch.no_grad()
+def put_blocks(model: nn.Module, blocks: Iterable[tuple[str, Q4Blocks]]) -> None:
+    """Let the linears of a plain model be these blocks."""
+    for name, value in blocks:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(decode(value, torch.float32))

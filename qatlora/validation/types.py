@@ -1,0 +1,107 @@
+"""What each GGUF type does to the trained tensors of a checkpoint.
+
+On a Q4_0 grid Q4_0 itself can be exact; every other type rounds, finer ones less. Q8_0 is computed
+by gguf-py; K-quants only llama-quantize can write, from a GGUF of the whole checkpoint.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qatlora import files
+from qatlora.base.from_gguf import model_from_gguf
+from qatlora.base.layout import Layout, plain_config
+from qatlora.base.others import deployed_other
+from qatlora.base.source import Source
+from qatlora.export.folders import copy_side_files
+from qatlora.grid import BLOCK_SIZE
+from qatlora.llamacpp.convert import convert
+from qatlora.llamacpp.tools import convert_types, find_tool
+from qatlora.report.results import InspectResult
+from qatlora.report.results_validate import BY_GRID, BY_LLAMA_CPP, TypeDamage
+
+_BY_LLAMA_QUANTIZE = ("Q4_K_M", "Q6_K")
+_HEAD = "lm_head.weight"
+
+Decoded = Callable[[str, Tensor], Tensor]
+
+
+def damage_by_type(source: Source, layout: Layout, inspection: InspectResult) -> list[TypeDamage]:
+    """Every type, K-quants where llama-quantize is at hand.
+
+    Args:
+        source: the checkpoint.
+        layout: its trained tensors.
+        inspection: of the same tensors; it knows Q4_0 already.
+
+    Raises:
+        ExportError, ToolError: llama.cpp failed on the checkpoint.
+    """
+    shares = inspection.reference_exact_share, inspection.on_grid_share
+    errors = inspection.error_reference, inspection.error_ours
+    found = [
+        TypeDamage(name, error, share)
+        for name, error, share in zip((BY_LLAMA_CPP, BY_GRID), errors, shares, strict=True)
+    ]
+    found.append(damage("Q8_0", source, layout.trained, lambda _, w: deployed_other(w, "q8_0")))
+    if find_tool("llama-quantize") is not None:
+        found += _by_llama_quantize(source, layout)
+    return found
+
+
+def damage(name: str, source: Source, modules: Iterable[str], decoded: Decoded) -> TypeDamage:
+    """Compare the named weights with what a type makes of them.
+
+    Args:
+        name: of the type.
+        source: the checkpoint.
+        modules: modules without ``.weight``.
+        decoded: module and stored weight to float weight.
+    """
+    errors = weights = 0.0
+    exact = total = 0
+    for module in modules:
+        stored = source.tensor(f"{module}.weight")
+        other = decoded(module, stored).float()
+        errors += torch.linalg.vector_norm(other - stored.float()).item() ** 2
+        weights += torch.linalg.vector_norm(stored.float()).item() ** 2
+        same = (other.to(stored.dtype) == stored).unflatten(-1, (-1, BLOCK_SIZE)).all(-1)
+        exact, total = exact + int(same.sum()), total + same.numel()
+    return TypeDamage(name, (errors / weights) ** 0.5 if weights else 0.0, exact / total)
+
+
+def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="qatlora-types-") as folder:
+        scratch = Path(folder)
+        whole = scratch / "whole.gguf"
+        _stage(source, layout.tied, scratch / "staging")
+        convert(scratch / "staging", whole, "bf16", {"general.name": source.name})
+        for name in _BY_LLAMA_QUANTIZE:
+            quantized = scratch / f"{name}.gguf"
+            convert_types(whole, quantized, name)
+            model = model_from_gguf(quantized, plain_config(source.folder), torch.float32)
+            weights = dict(model.named_parameters())
+            quantized.unlink()
+            found.append(
+                damage(name, source, layout.trained, lambda m, _, w=weights: w[f"{m}.weight"])
+            )
+    return found
+
+
+def _stage(source: Source, tied: bool, staging: Path) -> None:
+    """A folder as the converter wants it; large files are linked, not copied."""
+    staging.mkdir()
+    copy_side_files(source.folder, staging)
+    files.write_json(staging / "config.json", source.config)
+    for path in sorted(set(source.files.values())):
+        if tied and source.files.get(_HEAD) == path:  # stray: it would untie the model
+            tensors = load_file(path)
+            del tensors[_HEAD]
+            save_file(tensors, staging / path.name, metadata={"format": "pt"})
+        else:
+            (staging / path.name).symlink_to(path.resolve())
