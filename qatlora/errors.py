@@ -63,6 +63,10 @@ class TrainError(QatloraError):
     """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
 
 
+class CacheError(QatloraError):
+    """A teacher cache is missing, damaged, or was made for another run."""
+
+
 class BenchmarkError(QatloraError):
     """A method could not be measured."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from trl import SFTConfig
 from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
-from qatlora.errors import TrainError
+from qatlora.errors import ConfigError, TrainError
 from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import TrainPoint, TrainResult
 from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
@@ -68,6 +69,7 @@ def train(
     Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
 
     Raises:
+        ConfigError: under torchrun, rows that cannot be shared out evenly.
         TrainError: a loss that is not finite (the last checkpoint stays), or nothing to resume.
     """
     checkpoint = last_checkpoint(run_dir / CHECKPOINTS) if settings.resume else None
@@ -109,7 +111,7 @@ def _arguments(
         bf16=bf16,
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.micro_batch_rows,
-        gradient_accumulation_steps=settings.rows_per_step // settings.micro_batch_rows,
+        gradient_accumulation_steps=_micro_batches_per_process(settings),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler.name,
         warmup_steps=math.ceil(settings.warmup_ratio * settings.max_steps),
@@ -130,8 +132,23 @@ def _arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,  # the rows are already cut
         dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,  # all that trains takes part in every loss
         disable_tqdm=True,
     )
+
+
+def _micro_batches_per_process(settings: TrainConfig) -> int:
+    """Of a step; `rows_per_step` are those of all processes that torchrun has started."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    each, rest = divmod(settings.rows_per_step, settings.micro_batch_rows * num_processes)
+    if rest:
+        raise ConfigError(
+            f"train.rows_per_step={settings.rows_per_step} with train.micro_batch_rows="
+            f"{settings.micro_batch_rows} in {num_processes} processes: every process must get the "
+            "same number of micro-batches. Make rows_per_step a multiple of micro_batch_rows times "
+            "the processes."
+        )
+    return each
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -212,6 +229,8 @@ class StepLog(TrainerCallback):
                 "continue with train.resume=true, or look at the data of this step."
             )
         self.history.append(point)
+        if not state.is_world_process_zero:
+            return
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(_line(point))
 
