@@ -16,7 +16,7 @@ has, in whatever order and however batched. Writing adds the rows that are missi
 killed build goes on, and how a longer run extends a cache. A file is whole or absent, and counts
 once the index names it.
 
-Why so: docs/decisions/0008-a-teacher-cache-is-keyed-by-rows.md.
+Why so: docs/decisions/0010-a-teacher-cache-is-keyed-by-rows.md.
 """
 
 import dataclasses
