@@ -24,6 +24,7 @@ STAGES = (
     "build",
     "preview_data",
     "load_data",
+    "teacher_cache",
     "load_base",
     "attach",
     "evaluate_base",
@@ -106,10 +107,23 @@ class ChatFormat(Enum):
 
 
 class TeacherKind(Enum):
-    """Whose output probabilities the student is held to."""
+    """Whose output probabilities the student is held to; conf/teacher says what each one is."""
 
     bf16 = "bf16"
+    self = "self"
+    cache = "cache"
     none = "none"
+
+
+class DivergenceKind(Enum):
+    """What pulls the student q towards the teacher p."""
+
+    forward_kl = "forward_kl"
+    """KL(p || q): covers all the teacher does; Google's QAT recipe."""
+    reverse_kl = "reverse_kl"
+    """KL(q || p): prefers the teacher's modes."""
+    jsd = "jsd"
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: bounded."""
 
 
 class Trained(Enum):
@@ -297,14 +311,22 @@ class TeacherConfig:
 
     kind: TeacherKind = TeacherKind.bf16
     path: str | None = None
-    """Another checkpoint as the teacher; null: the base's own bf16 weights."""
+    """bf16: another checkpoint, null for the base's own bf16 weights; cache: the cache's folder."""
     ce_weight: float = 1.0
     """Cross-entropy on the assistant's tokens."""
     kl_weight: float = 0.1
-    """Forward KL to the teacher on the same tokens."""
+    """Divergence from the teacher on the same tokens."""
     general_kl_weight: float = 1.0
-    """Forward KL to the teacher on the replayed general text."""
+    """Divergence from the teacher on the replayed general text."""
+    divergence: DivergenceKind = DivergenceKind.forward_kl
     temperature: float = 1.0
+    """Of both softmaxes; the divergence is not multiplied by its square."""
+    beta: float = 0.5
+    """The teacher's share of the mixture, for divergence=jsd."""
+    cache_path: str | None = None
+    """Folder that recipe=teacher_cache writes or adds to; null: inside the run folder."""
+    cache_top_k: int = 64
+    """Likeliest words per token that the cache keeps; the others become one bucket."""
 
 
 @dataclass
@@ -580,6 +602,8 @@ def _settle_paths(root: RootConfig) -> None:
     root.data.paths = [str(Path(path).expanduser().absolute()) for path in root.data.paths]
     if root.inspect.against is not None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
+    if root.teacher.cache_path is not None:
+        root.teacher.cache_path = str(Path(root.teacher.cache_path).expanduser().absolute())
     for key in ("merged", "adapter", "gguf"):
         if (path := getattr(root.validate, key)) is not None:
             setattr(root.validate, key, str(Path(path).expanduser().absolute()))

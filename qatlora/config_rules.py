@@ -26,6 +26,7 @@ from qatlora.config import (
     ValidateConfig,
 )
 from qatlora.config_chats import check_chat_source
+from qatlora.config_teacher_rules import check_losses, check_teacher
 from qatlora.errors import ConfigError, closest
 from qatlora.model_spec import parse_models
 
@@ -69,6 +70,7 @@ _MINIMA = {
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
+    "teacher.cache_top_k": 1,
     "train.warmup_ratio": 0,
     "train.weight_decay": 0,
 }
@@ -95,7 +97,8 @@ def validate(cfg: RootConfig) -> None:
     _check_base(cfg.base)
     _check_adapter(cfg)
     _check_data(cfg)
-    _check_losses(cfg)
+    check_losses(cfg)
+    check_teacher(cfg)
     _check_distill(cfg)
     _check_train(cfg.train)
     _check_export(cfg.export)
@@ -208,22 +211,6 @@ def _check_data(cfg: RootConfig) -> None:
             f"data.replay_rows_per_step=0 with teacher.general_kl_weight="
             f"{cfg.teacher.general_kl_weight}: that term is computed on replayed rows. Raise "
             "data.replay_rows_per_step, or set teacher.general_kl_weight=0."
-        )
-
-
-def _check_losses(cfg: RootConfig) -> None:
-    teacher = cfg.teacher
-    kl_weight = max(teacher.kl_weight, teacher.general_kl_weight)
-    if teacher.kind is TeacherKind.none and kl_weight > 0:
-        raise ConfigError(
-            f"teacher.kind=none with teacher.kl_weight={teacher.kl_weight} and "
-            f"teacher.general_kl_weight={teacher.general_kl_weight}: both terms need a teacher. "
-            "Set both to 0, or use teacher=bf16."
-        )
-    if "train" in cfg.stages and max(kl_weight, teacher.ce_weight) == 0:
-        raise ConfigError(
-            "teacher.ce_weight, kl_weight and general_kl_weight are all 0: nothing would be "
-            "trained. Set at least one of them above 0."
         )
 
 

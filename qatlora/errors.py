@@ -67,6 +67,10 @@ class RunFolderError(QatloraError):
     """The run folder is in use, or holds another run."""
 
 
+class CacheError(QatloraError):
+    """A teacher cache is missing, damaged, or was made for another run."""
+
+
 class BenchmarkError(QatloraError):
     """A method could not be measured."""
 

@@ -4,8 +4,9 @@
               -> evaluate_trained -> write_candidate -> guard -> publish -> report
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
-preview_data, benchmark, fidelity and validate are one stage between preflight and report, plan one
-before report; decide ends validate with its exit code. Those stages are in `qatlora.stages`.
+preview_data, benchmark, fidelity and validate are one stage between preflight and report,
+teacher_cache one after load_data, plan one before report; decide ends validate with its exit code.
+Those stages are in `qatlora.stages`, and there is told where a run's teacher comes from.
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -29,8 +30,7 @@ from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.load import load_base, load_tokenizer, require_storage
 from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
-from qatlora.base.teacher import load_teacher, require_bf16_values
-from qatlora.config import Effect, RootConfig, TeacherKind, Trained
+from qatlora.config import Effect, RootConfig, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import chosen_template, training_template
 from qatlora.errors import AdapterError
@@ -59,6 +59,14 @@ from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.stages.runtime import announce_runtime, runtime_gates
+from qatlora.stages.teacher import (
+    batch_teacher,
+    check_teacher,
+    keep_teacher_states,
+    load_teacher,
+    open_cache,
+)
+from qatlora.stages.teacher_cache import check_teacher_cache, teacher_cache
 from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
@@ -125,10 +133,11 @@ def _preflight(state: Run) -> None:
         state.tokenizer = load_tokenizer(state.source.folder)
         if template is not None:
             state.tokenizer.chat_template = template
-    if "load_base" in cfg.stages:
+    if {"load_base", "teacher_cache"} & set(cfg.stages):
         require_storage(state.source, cfg.storage.kind.name)
-        if cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is None:
-            require_bf16_values(state.source)
+        check_teacher(state)
+    if "teacher_cache" in cfg.stages:
+        check_teacher_cache(state)
     if "guard" in cfg.stages:
         announce_runtime(state)
     if "fidelity" in cfg.stages:
@@ -147,6 +156,7 @@ def _load_data(state: Run) -> None:
         compute_dtype=dtype_of(cfg.evaluate.logits_precision),
     )
     state.evaluation = Evaluation(state.batches.texts, settings)
+    open_cache(state)
 
 
 def _load_base(state: Run) -> None:
@@ -156,8 +166,7 @@ def _load_base(state: Run) -> None:
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
     deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
-    if cfg.teacher.kind is TeacherKind.bf16:
-        state.teacher = load_teacher(state.base, cfg.teacher.path, state.device)
+    load_teacher(state)
 
 
 def _attach(state: Run) -> None:
@@ -172,10 +181,8 @@ def _attach(state: Run) -> None:
 
 
 def _evaluate_base(state: Run) -> None:
-    adapted, evaluation = state.adapted, state.evaluation
-    if state.teacher is not None:
-        with state.bar("evaluate teacher", evaluation.num_tokens, "tokens") as advance:
-            evaluation.teacher = evaluation.states_of(state.teacher, advance)
+    adapted = state.adapted
+    keep_teacher_states(state)
     with adapted.as_base(), state.held_weights():
         _measure(state, "base", adapted.model)
         _answer(state, "base")
@@ -187,7 +194,7 @@ def _train(state: Run) -> None:
         state.train = train(
             state.adapted,
             state.batches.train,
-            build_objective(cfg.teacher, state.teacher, state.dtype),
+            build_objective(cfg.teacher, batch_teacher(state), state.dtype),
             cfg.train,
             cfg.logging,
             run_dir=state.run_dir,
@@ -285,6 +292,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "build": build,
     "preview_data": preview_data,
     "load_data": _load_data,
+    "teacher_cache": teacher_cache,
     "load_base": _load_base,
     "attach": _attach,
     "evaluate_base": _evaluate_base,

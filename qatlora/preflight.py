@@ -16,6 +16,8 @@ from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import chosen_methods
 from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
+from qatlora.distill import LossSettings
+from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
@@ -37,6 +39,13 @@ _UNCOUNTED_SHARE = 0.3
 _STREAMED_BYTES_PER_WEIGHT = 8
 _PART_BYTES = 0.5e9
 _REPORT_BYTES = 1e7
+_CACHE_CHUNKS = 4  # logits of a chunk of tokens, float32: a teacher's, a student's, two to work in
+_TEACHERS = {
+    TeacherKind.bf16: "memory",
+    TeacherKind.self: "cache",  # logits beside the student's, and no weights
+    TeacherKind.cache: "cache",
+    TeacherKind.none: "none",
+}
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
 _CHECKPOINT_BYTES = LATENT_BYTES - FP32_BYTES  # of a trained weight: all but its gradient
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
@@ -65,7 +74,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         tokens=cfg.train.micro_batch_rows * cfg.data.max_length_tokens,
         checkpointing=cfg.train.gradient_checkpointing,
         keep_blocks=cfg.train.keep_blocks,
-        teacher="memory" if cfg.teacher.kind is TeacherKind.bf16 else "none",
+        teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
         # transformers quantizes to NF4 while it loads; a build is packed already.
@@ -80,6 +89,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         return _estimate_build(cfg, layout)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
+    if "teacher_cache" in cfg.stages:
+        return _estimate_cache(cfg, source, layout, device)
     if "validate" in cfg.stages:
         return _estimate_validate(cfg, source, layout, device)
     if "fidelity" in cfg.stages:
@@ -106,6 +117,20 @@ def _mapped_bytes(cfg: RootConfig, source: Source, layout: Layout) -> float:
     """Pages of a bf16 file that is mapped while a CPU quantizes it; they stay until others come."""
     to_nf4 = cfg.storage.kind is Storage.nf4 and not source.nf4_modules
     return layout.num_grid_weights * BF16_BYTES if to_nf4 else 0.0
+
+
+def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
+    """The teacher alone, then the base and the head kept; any teacher is counted as the base."""
+    shape = model_shape(plain_config(source.folder), cfg.base.trained)
+    head = shape.hidden_size * source.vocab_size
+    tokens = cfg.train.max_steps * cfg.train.rows_per_step * cfg.data.max_length_tokens
+    models = (layout.num_parameters + head) * BF16_BYTES
+    chunk = LossSettings().chunk_tokens * source.vocab_size * FP32_BYTES
+    memory = _IMPORTED_LIBRARIES_BYTES + models + _CACHE_CHUNKS * chunk
+    disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
+    disk += (head + 2 * cfg.data.eval_tokens * shape.hidden_size) * BF16_BYTES
+    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
+    return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
 def _estimate_benchmark(

@@ -19,6 +19,7 @@ from qatlora.base.load import LoadedBase
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
+from qatlora.distill import TeacherCache
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.fidelity.plan import Comparison
@@ -40,6 +41,7 @@ from qatlora.report.results import (
     TrainResult,
 )
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
@@ -75,9 +77,11 @@ class Run:
     preview: PreviewResult | None = None
     batches: Batches | None = None
     build: BuildResult | None = None
+    cache_result: CacheResult | None = None
     base_result: BaseResult | None = None  # what is known of it where none is loaded to be trained
     base: LoadedBase | None = None
-    teacher: PreTrainedModel | None = None
+    teacher: PreTrainedModel | None = None  # a model besides the student's
+    cache: TeacherCache | None = None  # the teacher on disk
     adapted: GridModel | None = None
     recorded: dict[str, str] = field(default_factory=dict)  # tensor -> digest after training
     evaluation: Evaluation | None = None
@@ -126,6 +130,7 @@ def report_of(state: Run) -> RunReport:
         recipe=state.cfg.card.name,
         base=_base_result(state),
         build=state.build,
+        teacher_cache=state.cache_result,
         adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
         latents=_latents_result(adapted) if isinstance(adapted, LatentModel) else None,
         train=state.train,

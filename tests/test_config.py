@@ -13,10 +13,12 @@ from qatlora.config import (
     ChatFormat,
     DataConfig,
     DataKind,
+    DivergenceKind,
     RootConfig,
     Rounding,
     Storage,
     TeacherKind,
+    Trained,
     to_dataclasses,
 )
 from qatlora.config_rules import validate
@@ -140,7 +142,11 @@ def test_every_section_says_what_it_is_for():
         ("train.device", "gpu", "auto, cpu, cuda"),
         ("teacher.kl_weight", -0.1, "at least 0"),
         ("teacher.kind", TeacherKind.none, "need a teacher"),
+        ("teacher.kind", TeacherKind.cache, "Give teacher.path=FOLDER"),
+        ("teacher.kind", TeacherKind.self, "NF4 has rounded"),
         ("teacher.temperature", 0.0, "greater than 0"),
+        ("teacher.beta", 1.0, "between 0 and 1"),
+        ("teacher.cache_top_k", 0, "at least 1"),
         ("data.replay_rows_per_step", 0, "replayed rows"),
         ("data.path", "/nowhere.jsonl", "reads no file"),
         ("base.path", "/nowhere", "no such file or folder"),
@@ -228,6 +234,29 @@ def test_a_run_that_would_train_nothing_is_refused(valid):
     validate(nothing)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         validate(change(nothing, "teacher.ce_weight", 0.0))
+
+
+def test_the_divergence_and_the_mixture_are_settings():
+    teacher = settings("teacher.divergence=jsd", "teacher.beta=0.2").teacher
+    assert (teacher.divergence, teacher.beta) == (DivergenceKind.jsd, 0.2)
+
+
+def test_a_base_is_its_own_teacher_only_where_its_weights_stay(valid, tmp_path):
+    own = change(change(valid, "storage.kind", Storage.bf16), "teacher.kind", TeacherKind.self)
+    validate(own)
+    with pytest.raises(ConfigError, match="teacher is the base itself"):
+        validate(change(own, "teacher.path", str(tmp_path)))
+    with pytest.raises(ConfigError, match="weights are what is trained"):
+        validate(change(own, "distill.train", Trained.weights))
+
+
+def test_only_a_bf16_teacher_writes_a_cache_for_any_recipe():
+    root = to_dataclasses(compose("recipe=teacher_cache"))
+    validate(root)
+    other = compose("recipe=qat_distill", "stages=[preflight,load_data,teacher_cache,report]")
+    validate(to_dataclasses(other))
+    with pytest.raises(ConfigError, match=r"Use teacher=bf16"):
+        validate(change(root, "teacher.kind", TeacherKind.self))
 
 
 def test_a_path_and_a_hub_id_together_are_refused(valid, tmp_path):

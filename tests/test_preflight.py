@@ -9,6 +9,7 @@ from qatlora import pipeline, preflight
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.source import find_source
 from qatlora.config import RootConfig, Storage, Trained
+from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ConfigError
 from qatlora.plan.shape import model_shape
 
@@ -46,6 +47,21 @@ def test_a_build_counts_what_it_writes_and_nothing_of_a_run(
     others = layout.num_parameters - layout.num_grid_weights
     assert needs.disk_bytes == layout.num_grid_weights * bits / 8 + 2 * others
     assert needs.memory_bytes < 1.11e9  # the libraries
+
+
+def test_a_cache_counts_its_tokens_its_head_and_the_teacher_alone(tiny_llama_folder: Path) -> None:
+    cfg = RootConfig(stages=["preflight", "load_data", "teacher_cache", "report"])
+    cfg.base.path, cfg.data.eval_tokens = str(tiny_llama_folder), 1
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    cfg.train.max_steps *= 2
+    longer = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    tokens = cfg.train.rows_per_step * cfg.train.max_steps / 2 * cfg.data.max_length_tokens
+    added = tokens * bytes_per_token(cfg.teacher.cache_top_k, 384)
+    assert longer.disk_bytes - needs.disk_bytes == added
+    assert needs.disk_bytes - added == 2 * 64 * (384 + 2)
+    assert longer.memory_bytes == needs.memory_bytes
 
 
 def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(

@@ -13,6 +13,7 @@ from qatlora.adapters.layer import GridAdapter
 from qatlora.adapters.model import GridModel, ParameterGroups
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
+from qatlora.base.stores import Bf16Store
 from qatlora.config import AdapterConfig
 from qatlora.grid import Q4Blocks
 
@@ -29,6 +30,25 @@ class AdaptedModel(GridModel):
         """Within this context the model is the base: adapters are off."""
         with self.model.disable_adapter():
             yield
+
+    @contextlib.contextmanager
+    def as_checkpoint(self) -> Iterator[None]:
+        """Within this context, without gradients, adapters and grid are off.
+
+        Nothing is copied. A base stored as bf16 multiplies by the checkpoint's weights; a packed
+        one by its blocks, which on a grid is the same. Embeddings stay as deployed.
+        """
+        held = [(layer, layer.held_weight) for _, layer in self.layers()]
+        try:
+            for layer, _ in held:
+                base = layer if isinstance(layer, GridLinear) else layer.get_base_layer()
+                store = base.store
+                layer.held_weight = store.weight if isinstance(store, Bf16Store) else None
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for layer, weight in held:
+                layer.held_weight = weight
 
     def parameter_groups(self) -> ParameterGroups:
         """The factors of the levels and those of the steps."""

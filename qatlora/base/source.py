@@ -58,6 +58,11 @@ class Source:
         return str(self.config["model_type"])
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer, padding included."""
+        return int(self.config.get("text_config", self.config)["vocab_size"])
+
+    @property
     def weight_bytes(self) -> int:
         """Size of all safetensors files."""
         return sum(path.stat().st_size for path in set(self.files.values()))

@@ -1,33 +1,25 @@
-"""The bf16 teacher of a base: its own checkpoint, or another one of the same vocabulary."""
+"""The bf16 teacher of a base: its own checkpoint, another one of the same words, or the base."""
 
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from qatlora.base.grids import ON_GRID_SHARE
-from qatlora.base.load import LoadedBase, load_plain, load_tokenizer
-from qatlora.base.source import Source
+from qatlora.base.load import LoadedBase, load_tokenizer
+from qatlora.base.source import Source, read_source
 from qatlora.errors import ConfigError
 
 
-def load_teacher(base: LoadedBase, path: str | None, device: torch.device) -> PreTrainedModel:
-    """Load `path`, or the base's own checkpoint where that still holds bf16 values.
+def teacher_source(base: Source, path: str | None) -> Source:
+    """The checkpoint in `path`, or the base's own where that still holds bf16 values.
 
     Raises:
-        ConfigError: the base holds none, or the vocabularies differ.
-        CheckpointError: transformers cannot load it.
+        ConfigError: it holds none.
+        CheckpointError: it is broken or of an unsupported kind.
     """
-    if path is None:
-        require_bf16_values(base.source)
-        return load_plain(base.source.folder, device, torch.bfloat16)
-    folder = Path(path)
-    if load_tokenizer(folder).get_vocab() != base.tokenizer.get_vocab():
-        raise ConfigError(
-            f"The teacher in {folder} has another vocabulary than the base, and probabilities of "
-            "different tokens cannot be compared. Take a teacher of the same family."
-        )
-    return load_plain(folder, device, torch.bfloat16)
+    source = base if path is None else read_source(Path(path), Path(path).name)
+    require_bf16_values(source)
+    return source
 
 
 def has_bf16_values(source: Source) -> bool:
@@ -55,4 +47,54 @@ def require_bf16_values(source: Source) -> None:
             f"{record.on_grid_share:.2%} lay on a grid: their bf16 values are gone, and the base "
             "would be its own teacher. Give teacher.path=FOLDER of the bf16 checkpoint, or train "
             "without one (teacher=none)."
+        )
+
+
+def require_same_words(
+    teacher: Source, base: Source, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Check, without loading a model, that teacher and base give probabilities of the same words.
+
+    Args:
+        teacher: another checkpoint than the base.
+        base: the base.
+        tokenizer: the base's.
+
+    Returns:
+        The teacher's tokenizer.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+        CheckpointError: the teacher has no tokenizer.
+    """
+    its_tokenizer = load_tokenizer(teacher.folder)
+    its_words, words = its_tokenizer.get_vocab(), tokenizer.get_vocab()
+    if its_words != words:
+        differing = sorted(word for word, _ in its_words.items() ^ words.items())
+        raise ConfigError(
+            f"The teacher in {teacher.folder} has another vocabulary than the base "
+            f"({len(its_words)} and {len(words)} words, the first that differs is "
+            f"{differing[0]!r}), and probabilities of different tokens cannot be compared. Take a "
+            "teacher of the same family."
+        )
+    if teacher.vocab_size != base.vocab_size:
+        raise ConfigError(
+            f"The teacher in {teacher.folder} has the words of the base, but {teacher.vocab_size} "
+            f"rows in its output layer where the base has {base.vocab_size}: the vocabularies are "
+            "padded differently. Take a teacher of the same family and size of vocabulary."
+        )
+    return its_tokenizer
+
+
+def require_own_values(base: LoadedBase) -> None:
+    """Check that a loaded base can be its own teacher (teacher=self).
+
+    Raises:
+        ConfigError: it is packed Q4_0 and its checkpoint lies on no grid.
+    """
+    if base.storage == "q4_0" and not base.on_grid:
+        raise ConfigError(
+            f"teacher=self with storage=q4_0, and only {base.on_grid_share:.2%} of the blocks of "
+            f"{base.name} lie on a grid: packing has rounded the others, so the base in memory is "
+            "no bf16 teacher. Use storage=bf16, or teacher=bf16 or cache."
         )

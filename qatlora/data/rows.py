@@ -1,5 +1,7 @@
 """What the data room hands on: token rows, held-out texts and the batches of a whole run."""
 
+import hashlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +33,20 @@ class Row:
     def num_scored_tokens(self) -> int:
         """Labels that a causal model can be scored on: position 0 has nothing before it."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def key(self) -> bytes:
+        """Digest of tokens, labels and starts, 16 bytes: what a teacher cache finds a row by."""
+        digest = hashlib.blake2b(digest_size=16)
+        for numbers in (self.input_ids, self.labels, self.starts):
+            digest.update(array("i", numbers).tobytes())
+        return digest.digest()
+
+
+def text_key(rows: Iterable[Row]) -> str:
+    """Hex digest of a text: its rows in order."""
+    keys = b"".join(row.key for row in rows)
+    return hashlib.blake2b(keys, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

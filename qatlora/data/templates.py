@@ -246,6 +246,15 @@ def render(
     return str(text)  # always one: it is neither a batch nor tokenized
 
 
+def renders_alike(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> bool:
+    """Whether two templates give the same text for a handful of conversations.
+
+    Raises:
+        DataError: one of them cannot be rendered.
+    """
+    return _render_probes(tokenizer, one) == _render_probes(tokenizer, other)
+
+
 def _render_probes(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str | None]:
     return [
         render(tokenizer, template, probe, add_generation_prompt)

@@ -10,20 +10,12 @@ vocabulary of 262,144 words the number of passes over main memory decides the sp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from qatlora.config import DivergenceKind
 from qatlora.errors import ConfigError
-
-
-class DivergenceKind(StrEnum):
-    """What the student is pulled by; p is the teacher, q the student."""
-
-    forward_kl = "forward_kl"  # KL(p || q): covers all the teacher does; Google's QAT recipe
-    reverse_kl = "reverse_kl"  # KL(q || p): prefers the teacher's modes
-    jsd = "jsd"  # beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: bounded
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,6 @@ class Divergence:
 
     def __post_init__(self) -> None:
         """Refuse parameters without a meaning."""
-        object.__setattr__(self, "kind", DivergenceKind(self.kind))
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(
                 f"temperature={self.temperature}: must be a positive number; 1 leaves the "

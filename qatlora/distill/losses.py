@@ -12,23 +12,19 @@ Shapes: T tokens, S selected tokens, C tokens of a chunk, R rows of a block, H h
 Arithmetic: products in `compute_dtype`, everything between them in float32 (float64 for float64).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qatlora.distill.blocks import row_blocks
 from qatlora.distill.divergence import Divergence
 from qatlora.distill.head import LmHead
 from qatlora.distill.teachers import Teacher, TeacherReader
 from qatlora.errors import ConfigError
 
 IGNORED_LABEL = -100
-
-# Elements of a block of rows: 4 MB in fp32 stay in the cache of a CPU; a GPU wants more work.
-_BLOCK_ELEMENTS = {"cpu": 2**20}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,6 @@ class ChunkedLoss:
     ce_count: int
     kl_sum: Tensor
     kl_count: int
-    token_ce: Tensor
-    token_kl: Tensor
     token_ce: Tensor
     token_kl: Tensor
 
@@ -228,7 +222,7 @@ class _Pass:
         torch.mm(hidden, self.head.weight.t(), out=logits)
         if group.with_kl and reader is not None:
             reader.load(tokens)
-        for rows in _blocks(logits):
+        for rows in row_blocks(logits):
             logits[rows] = self._block(tokens[rows], rows, group, logits[rows], reader)
         if self.grad_hidden is not None:
             gradient = torch.mm(logits, self.head.weight)
@@ -274,12 +268,3 @@ class _Pass:
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=1)
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Split the rows of a chunk into blocks of a size that suits the device."""
-    elements = _BLOCK_ELEMENTS.get(logits.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    # Row-wise kernels give each thread its own rows.
-    at_least = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    step = max(at_least, elements // logits.shape[1], 1)
-    return (slice(i, min(i + step, len(logits))) for i in range(0, len(logits), step))

@@ -1,11 +1,10 @@
 """What a build learns of its source while it reads it tensor by tensor: digests, grid, error."""
 
-import hashlib
 import math
 
-import torch
 from torch import Tensor
 
+from qatlora.base.digests import TensorDigests
 from qatlora.base.grids import LayerGrid, base_digest
 from qatlora.base.layout import Layout
 from qatlora.base.record import GridRecord
@@ -19,7 +18,7 @@ class Census:
     """Collects the figures of a `GridRecord`; every tensor of the source is shown to it once."""
 
     def __init__(self) -> None:
-        self._sources: list[str] = []
+        self._sources = TensorDigests()
         self._stores: dict[str, str] = {}
         self._blocks: dict[str, int] = {}
         self._on_grid: dict[str, int] = {}
@@ -27,9 +26,7 @@ class Census:
 
     def read(self, key: str, tensor: Tensor) -> None:
         """A tensor of the source, as stored."""
-        head = f"{key} {tensor.dtype} {tuple(tensor.shape)}"
-        content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        self._sources.append(f"{head} {hashlib.sha256(content).hexdigest()}")
+        self._sources.add(key, tensor)
 
     def built(self, name: str, grid: LayerGrid, weight: Tensor, stored: Tensor) -> None:
         """A module that was quantized.
@@ -49,13 +46,12 @@ class Census:
 
     def record(self, source: Source, layout: Layout, storage: str) -> GridRecord:
         """The record of the finished build."""
-        everything = "\n".join(sorted(self._sources))  # however the source is cut into files
         squared_weight = self._squared_weight or 1.0  # all zeros are kept without error
         return GridRecord(
             grid_version=GRID_VERSION,
             storage=storage,
             source_name=source.name,
-            source_digest=hashlib.sha256(everything.encode()).hexdigest(),
+            source_digest=self._sources.digest(),
             base_digest=base_digest({name: self._stores[name] for name in layout.grid}),
             relative_error=math.sqrt(self._squared_error / squared_weight),
             blocks={name: self._blocks[name] for name in layout.grid},

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qatlora.report.benchmark_text import benchmark_cells
+from qatlora.report.cache_text import CACHE_HEADER, cache_rows
 from qatlora.report.escape import visible
 from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
@@ -44,6 +45,9 @@ def to_console(report: RunReport) -> RenderableType:
         parts += _preview_parts(report.preview)
     if report.benchmark:
         parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark)))
+    if report.teacher_cache:
+        rows = cache_rows(report.teacher_cache)
+        parts.append(plain_table("held-out text", CACHE_HEADER, rows))
     if report.plan:
         parts.append(plain_table("memory", *part_cells(report.plan)))
         parts.append(plain_table("longest row of tokens", *fit_cells(report.plan)))

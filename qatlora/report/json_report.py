@@ -39,6 +39,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
         "build": parts.pop("build"),
+        "teacher_cache": parts.pop("teacher_cache"),
         "adapter": parts.pop("adapter"),
         "latents": parts.pop("latents"),
         "train": parts.pop("train"),

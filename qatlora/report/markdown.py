@@ -13,6 +13,8 @@ from typing import Any
 
 from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
 from qatlora.report.benchmark_text import benchmark_tables
+from qatlora.report.cache_plot import CACHE_PLOT
+from qatlora.report.cache_text import CACHE_HEADER, CACHE_LEGEND, cache_rows
 from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
@@ -57,6 +59,7 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Memory", plan_tables(report.plan) if report.plan else ()),
         ("Conversations", _preview(report, plots)),
         ("Benchmark", _benchmark(report, plots)),
+        ("What the cache keeps", _cache(report, plots)),
         ("Models against their references", _fidelity(report, plots)),
         ("Perplexity and KLD", _scores(report, plots)),
         ("Gates", _gates(report.guard)),
@@ -142,6 +145,14 @@ def _benchmark(report: RunReport, plots: Collection[str]) -> Iterator[str]:
         yield from benchmark_tables(report.benchmark)
         yield _plot(SPEED_PLOT, "Step time and peak memory over plain PEFT's", plots)
         yield _plot(FORGETTING_PLOT, "Gain on the task against forgetting", plots)
+
+
+def _cache(report: RunReport, plots: Collection[str]) -> Iterator[str]:
+    if report.teacher_cache is not None:
+        yield CACHE_LEGEND
+        rows = [[inline(cell) for cell in row] for row in cache_rows(report.teacher_cache)]
+        yield table(CACHE_HEADER, rows, "lrrrrrr")
+        yield _plot(CACHE_PLOT, "Divergence lost and size over the words kept", plots)
 
 
 def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from qatlora.report.benchmark_plot import (
     forgetting_figure,
     speed_figure,
 )
+from qatlora.report.cache_plot import CACHE_PLOT, cache_figure
 from qatlora.report.changes import KindChange, changes_by_kind
 from qatlora.report.fidelity_plot import (
     DISTRIBUTION_PLOT,
@@ -72,6 +73,7 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
         LENGTHS_PLOT: lengths_figure(report.preview),
         SPEED_PLOT: speed_figure(report.benchmark),
         FORGETTING_PLOT: forgetting_figure(report.benchmark),
+        CACHE_PLOT: cache_figure(report.teacher_cache),
         DISTRIBUTION_PLOT: distribution_figure(report.fidelity, KLD_BIN_EDGES),
         POSITION_PLOT: position_figure(report.fidelity),
     }

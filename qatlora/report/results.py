@@ -9,6 +9,7 @@ from typing import Any
 
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
@@ -265,6 +266,7 @@ class RunReport:
     recipe: str
     base: BaseResult
     build: BuildResult | None = None
+    teacher_cache: CacheResult | None = None
     adapter: AdapterResult | None = None
     latents: LatentsResult | None = None
     train: TrainResult | None = None

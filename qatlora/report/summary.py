@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qatlora.report.cache_text import cache_facts
 from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
@@ -44,6 +45,8 @@ def verdict(report: RunReport) -> Verdict:
         return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:
         return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
+    if report.teacher_cache is not None:
+        return Verdict("Teacher cache written.", None, [])
     if report.fidelity is not None:
         first, *others = headlines(report.fidelity) or ["Every reference equals itself."]
         return Verdict(first, None, others)
@@ -70,6 +73,8 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines += self_klds(report.fidelity)
     if report.build:
         lines += _build_facts(report.build, report.base)
+    if report.teacher_cache:
+        lines += cache_facts(report.teacher_cache)
     if report.validate:
         lines.append((report.validate.what, report.validate.path))
         lines.append(("base", report.validate.base))

@@ -64,8 +64,9 @@ def _windows(state: Run) -> list[Row]:
 
 
 def _teacher(state: Run) -> Path | None:
+    """Its checkpoint; None without one, as for a cache, which is there to spare its memory."""
     teacher = state.cfg.teacher
-    if teacher.kind is TeacherKind.none:
+    if teacher.kind in (TeacherKind.none, TeacherKind.cache):
         return None
     return Path(teacher.path) if teacher.path else state.source.folder
 

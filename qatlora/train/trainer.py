@@ -1,5 +1,7 @@
 """The TRL trainer with qatlora's loss: hidden states in, weighted cross-entropy and KL out.
 
+KL stands for the divergence that the settings name.
+
 Every optimizer step normalizes each of its three terms by the number of tokens that carry it in the
 whole step, over all micro-batches and processes, so the loss does not depend on how a batch is cut:
 
@@ -20,18 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from qatlora.data.rows import Row
-from qatlora.distill import Divergence, LmHead, LossSettings, TeacherStates, chunked_loss
+from qatlora.distill import Divergence, LmHead, LossSettings, Teacher, chunked_loss
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
 from qatlora.train import checkpoints
+from qatlora.train.teachers import BatchTeacher, context_of
 
 _TERMS = ("ce", "kl", "general_kl")
-_CONTEXT = ("input_ids", "attention_mask", "position_ids")
 _PARAMETERS = "trainable.safetensors"
 
 
@@ -42,18 +43,18 @@ class Objective:
     Attributes:
         weights: ce, kl and general_kl, in the order of the module's formula.
         divergence: which divergence, and its temperature.
-        teacher: a frozen model, or None where no KL is asked for.
+        teacher: gives a micro-batch's probabilities; None where no KL is asked for.
         settings: chunk size and compute dtype.
     """
 
     weights: tuple[float, float, float]
     divergence: Divergence
-    teacher: PreTrainedModel | None
+    teacher: BatchTeacher | None
     settings: LossSettings
 
 
 class RowCollator:
-    """Pad rows to the right: input_ids, attention_mask, labels, is_general [rows].
+    """Pad rows to the right: input_ids, attention_mask, labels; is_general [rows], keys.
 
     Where a row holds several sequences, position_ids stand in place of the mask: transformers reads
     from them which tokens may see each other, padding being one more sequence.
@@ -77,12 +78,13 @@ class RowCollator:
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
             "is_general": torch.tensor([row["source"] == "general" for row in rows]),
+            "keys": torch.tensor([list(bytes.fromhex(row["key"])) for row in rows]),
         }
 
 
 def training_record(row: Row) -> dict[str, Any]:
     """A row as the columns that `RowCollator` reads."""
-    return dict(vars(row))
+    return vars(row) | {"key": row.key.hex()}
 
 
 def _positions(starts: list[int], length: int) -> Tensor:
@@ -126,8 +128,7 @@ class GridTrainer(SFTTrainer):
         """The weighted loss of one micro-batch, a share of its step's loss."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        context = {name: inputs[name] for name in _CONTEXT if name in inputs}
-        hidden = _hidden_states(model, context)[:, :-1].flatten(0, 1)
+        hidden = _hidden_states(model, context_of(inputs))[:, :-1].flatten(0, 1)
         labels = inputs["labels"][:, 1:].flatten()
         general = inputs["is_general"].unsqueeze(1).expand_as(inputs["labels"][:, 1:]).flatten()
         scored = labels != IGNORED_LABEL
@@ -140,7 +141,7 @@ class GridTrainer(SFTTrainer):
             hidden,
             self._head,
             labels,
-            teacher=self._teacher_states(context, token_kl),
+            teacher=self._teacher_of(inputs, token_kl),
             divergence=self.objective.divergence,
             token_ce_weight=token_ce,
             token_kl_weight=token_kl,
@@ -152,13 +153,11 @@ class GridTrainer(SFTTrainer):
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
 
-    def _teacher_states(self, context: dict[str, Tensor], weight: Tensor) -> TeacherStates | None:
+    def _teacher_of(self, inputs: dict[str, Tensor], weight: Tensor) -> Teacher | None:
         teacher = self.objective.teacher
         if teacher is None or not bool((weight > 0).any()):
             return None
-        with torch.no_grad():
-            hidden = final_hidden_states(teacher, **context)[:, :-1].flatten(0, 1)
-        return TeacherStates(hidden, LmHead.of(teacher))
+        return teacher(inputs, weight > 0)
 
     def _remember(
         self, ce: Tensor, kl: Tensor, w_ce: Tensor, w_kl: Tensor, general: Tensor

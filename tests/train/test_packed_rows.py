@@ -9,6 +9,7 @@ from qatlora import pipeline
 from qatlora.data.packing import packed
 from qatlora.data.rows import IGNORED, Row
 from qatlora.evaluate import final_hidden_states
+from qatlora.train.teachers import context_of
 from qatlora.train.trainer import RowCollator, training_record
 
 MAX_DIFFERENCE_NATS = 1e-5
@@ -25,9 +26,8 @@ def conversations() -> list[Row]:
 def losses(model, rows, **changes) -> dict[tuple[int, ...], float]:
     """Token and what stands before it in its conversation -> cross-entropy in nats."""
     batch = RowCollator(0)([training_record(row) for row in rows]) | changes
-    context = {name: batch[name] for name in batch if name not in ("labels", "is_general")}
     with torch.no_grad():
-        logits = model.lm_head(final_hidden_states(model, **context))
+        logits = model.lm_head(final_hidden_states(model, **context_of(batch)))
     found = {}
     for row, scores in zip(rows, logits, strict=True):
         for end, label in enumerate(row.labels):

@@ -1,0 +1,35 @@
+"""What a checkpoint is: one digest over all its tensors, however it is cut into files."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from qatlora.base.source import Source
+
+
+class TensorDigests:
+    """Collects the digests of a checkpoint's tensors, in any order."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """A tensor, as stored."""
+        head = f"{key} {tensor.dtype} {tuple(tensor.shape)}"
+        content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._lines.append(f"{head} {hashlib.sha256(content).hexdigest()}")
+
+    def digest(self) -> str:
+        """Hex SHA-256 over what was added."""
+        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
+
+
+def digest_of_tensors(source: Source) -> str:
+    """Digest of a checkpoint; of a build of ours, that of the checkpoint it was built from."""
+    if source.record is not None:
+        return source.record.source_digest
+    digests = TensorDigests()
+    for key in source.files:
+        digests.add(key, source.tensor(key))
+    return digests.digest()
