@@ -11,6 +11,8 @@ import errno
 import gc
 import importlib.util
 import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config_rules import validate
-from qatlora.errors import ConfigError, QatloraError, SweepFailed, closest
+from qatlora.errors import ConfigError, Interrupted, QatloraError, SweepFailed, closest
+from qatlora.interrupts import handled, interrupt
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
 from qatlora.report.results_sweep import SweepResult
@@ -34,7 +37,9 @@ from qatlora.sweep import SweepFolder, gather, record_run
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
 _INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
-_ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_ENVIRONMENT_ERRNOS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 _HELP = """\
 Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -65,7 +70,11 @@ def main() -> None:
         register_recipes(shipped("recipes"))
         _check_choices_are_named(arguments)
         _check_launcher_is_installed(arguments)
-        _run_hydra()
+        _check_processes(arguments)
+        with handled([signal.SIGTERM], interrupt):
+            _run_hydra()
+    except Interrupted as stop:
+        _fail(str(stop), stop.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted; what was written before stays in the run folder.", _INTERRUPTED)
     except Exception as error:
@@ -122,6 +131,19 @@ def _check_launcher_is_installed(arguments: Sequence[str]) -> None:
             f"{prefix}{name} needs a package that is not installed. Add it with: "
             f"pip install 'qatlora[{name.partition('_')[0]}]'."
         )
+
+
+def _check_processes(arguments: Sequence[str]) -> None:
+    """Under torchrun, refuse a sweep; only the first process makes the run folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(
+            f"-m in {os.environ['WORLD_SIZE']} processes: a sweep's runs are of one process each. "
+            "Use torchrun for a single run, or leave it out."
+        )
+    if os.environ.get("RANK") != "0":
+        sys.argv.append("hydra.run.dir=.")  # the pipeline gets the first one's
 
 
 def _run_hydra() -> None:
@@ -216,12 +238,20 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         return _one_paragraph(str(error)), error.exit_code
     if isinstance(error, HydraException):
         return _explain_composition(error), ConfigError.exit_code
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+    if _errno_of(error) in _ENVIRONMENT_ERRNOS:
         return (
             f"{error}. Free some space or grant access, or write elsewhere with run_dir=FOLDER "
             "and QATLORA_CACHE=FOLDER."
         ), QatloraError.exit_code
     return None
+
+
+def _errno_of(error: Exception) -> int | None:
+    """What the system refused; safetensors says it in its message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _explain_composition(error: HydraException) -> str:

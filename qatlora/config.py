@@ -355,14 +355,14 @@ class TrainConfig:
     rows_per_step: int = 4
     """Rows per optimizer step, replay rows among them, over all micro-batches and processes."""
     micro_batch_rows: int = 4
-    """Rows per forward pass; divides rows_per_step."""
+    """Rows per forward pass, at most a process's share of a step; divides rows_per_step."""
     gradient_checkpointing: bool = False
     keep_blocks: bool = True
     """Keep deployed blocks from forward to backward: one byte per weight for less time."""
     save_steps: int = 20
     """Optimizer steps between two checkpoints."""
     resume: bool = False
-    """Continue the run in run_dir from its last checkpoint."""
+    """Go on with the run in run_dir from its last checkpoint; without one, start."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = Precision.auto

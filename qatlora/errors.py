@@ -63,6 +63,10 @@ class TrainError(QatloraError):
     """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
 
 
+class RunFolderError(QatloraError):
+    """The run folder is in use, or holds another run."""
+
+
 class CacheError(QatloraError):
     """A teacher cache is missing, damaged, or was made for another run."""
 
@@ -73,6 +77,15 @@ class BenchmarkError(QatloraError):
 
 class FidelityError(QatloraError):
     """Models cannot be compared, or their figures are not repeatable."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did; no failure, so that a sweep stops with it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+        """What a shell reports of a process that signal `number` ended."""
 
 
 def closest(word: str, choices: Iterable[str]) -> str:

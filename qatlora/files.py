@@ -32,22 +32,34 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success rename it to `path`, replacing it."""
+    """Yield a temporary folder beside `path`; on success `move_folder` it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        for written in partial.rglob("*"):
-            if written.is_file():
-                with written.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
+        move_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_folder(partial: Path, path: Path) -> None:
+    """Sync every file of `partial` and rename it to `path`, in place of what was there."""
+    for written in partial.rglob("*"):
+        if written.is_file():
+            with written.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if path.exists():
+        remove_folder(path)
+    partial.replace(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that is never seen half removed: it is renamed first."""
+    removed = path.with_name(f".{path.name}.{os.getpid()}.removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
 
 
 def write_text(path: Path, text: str) -> None:

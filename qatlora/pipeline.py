@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qatlora import __version__, files, preflight, progress
+from qatlora import __version__, files, preflight, processes, progress
 from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
@@ -49,6 +49,7 @@ from qatlora.report.console import to_console
 from qatlora.report.json_report import ReportError, plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.report.write import write_report
+from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build, check_build
 from qatlora.stages.fidelity import check_fidelity, fidelity
@@ -56,6 +57,7 @@ from qatlora.stages.inspect import check_inspect, inspect
 from qatlora.stages.plan import plan
 from qatlora.stages.preview import preview_data
 from qatlora.stages.qat_distill import evaluate_reference, save_base
+from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.stages.teacher import (
     batch_teacher,
@@ -68,7 +70,7 @@ from qatlora.stages.teacher_cache import check_teacher_cache, teacher_cache
 from qatlora.stages.validate import check_validate, decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.train.objective import build_objective
-from qatlora.train.run import train
+from qatlora.train.run import fit_to_processes, train
 
 
 def run(cfg: RootConfig) -> RunReport:
@@ -77,13 +79,32 @@ def run(cfg: RootConfig) -> RunReport:
     Raises:
         QatloraError: bad input (before any long work), or a failed gate (nothing published).
     """
-    state = Run.start(cfg)
-    state.run_dir.mkdir(parents=True, exist_ok=True)
-    files.write_json(state.run_dir / "config.json", plain(dataclasses.asdict(cfg)))
-    for name in cfg.stages:
-        start = time.monotonic()
+    if "train" in cfg.stages:
+        cfg.train = fit_to_processes(cfg.train)
+    else:
+        processes.require_one(cfg.card.name)
+    with processes.joined(cfg.train.device):
+        cfg.run_dir = processes.of_first(cfg.run_dir)
+        state = Run.start(cfg)
+        if not processes.is_first():
+            return _help_to_train(state)
+        with claimed(state.run_dir):
+            settings = plain(dataclasses.asdict(cfg))
+            check_run_folder(state, settings)
+            files.write_json(state.run_dir / SETTINGS, settings)
+            for name in cfg.stages:
+                start = time.monotonic()
+                STAGES[name](state)
+                state.times.append(StageTime(name, time.monotonic() - start))
+            return report_of(state)
+
+
+def _help_to_train(state: Run) -> RunReport:
+    """The part of a process that is not the first: it trains, and writes nothing."""
+    progress.console.quiet = True
+    state.cfg.logging.progress_bars = False
+    for name in ("preflight", "load_data", "load_base", "attach", "train"):
         STAGES[name](state)
-        state.times.append(StageTime(name, time.monotonic() - start))
     return report_of(state)
 
 
@@ -265,7 +286,7 @@ def _write_report(state: Run) -> None:
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
-    "preflight": _preflight,
+    "preflight": lambda state: processes.first_before_rest(lambda: _preflight(state)),
     "plan": plan,
     "inspect": inspect,
     "build": build,

@@ -260,7 +260,8 @@ def test_help_and_typos_are_answered_within_two_seconds_and_without_torch(argume
     assert busy_seconds < 2.0
 
 
-def test_ctrl_c_of_a_real_process_ends_it_cleanly(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_real_process_cleanly(number, tmp_path):
     code = (
         "import sys, time, types\n"
         "module = types.ModuleType('qatlora.pipeline')\n"
@@ -280,9 +281,9 @@ def test_ctrl_c_of_a_real_process_ends_it_cleanly(tmp_path):
     )
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, message = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + number
     assert "Traceback" not in message
 
 

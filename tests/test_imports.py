@@ -22,6 +22,9 @@ MAY_IMPORT = {
     "progress": set(),
     "quiet": set(),
     "memory": set(),
+    "interrupts": set(),
+    "run_folder": set(),
+    "processes": set(),
     "grid": set(),
     "llamacpp": {"registry"},
     "config": set(),
@@ -34,7 +37,17 @@ MAY_IMPORT = {
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
     "evaluate": {"config", "distill", "adapters", "llamacpp", "progress"},
-    "train": {"config", "adapters", "distill", "data", "evaluate", "progress", "memory"},
+    "train": {
+        "config",
+        "adapters",
+        "distill",
+        "data",
+        "evaluate",
+        "progress",
+        "memory",
+        "interrupts",
+        "processes",
+    },
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "base", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
@@ -69,7 +82,7 @@ MAY_IMPORT = {
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "sweep": set(),
-    "__main__": {"config", "config_rules", "pipeline", "quiet", "report", "sweep"},
+    "__main__": {"config", "config_rules", "interrupts", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
@@ -88,6 +101,7 @@ WITHOUT_TORCH = (
     "config_chats",
     "model_spec",
     "config_rules",
+    "interrupts",
     "config_teacher_rules",
     "sweep",
     "__main__",

@@ -100,38 +100,3 @@ def test_training_without_a_teacher_skips_the_drift_gate(
     assert report.guard is not None
     assert {gate.name: gate.status for gate in report.guard.gates}["drift"] == "skipped"
     assert report.texts["task"]["merged"].kld is None
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    tiny_gemma3_folder: Path,
-    files: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stages = STAGES[: STAGES.index("save_adapter") + 1]
-    whole = settings(tiny_gemma3_folder, files, tmp_path / "whole")
-    whole.stages = stages
-    expected = pipeline.run(whole)
-
-    class Killed(Exception):
-        pass
-
-    def dies_after_three(self, args, state, control, **_) -> None:
-        if state.global_step == 3:
-            raise Killed
-
-    killed = settings(tiny_gemma3_folder, files, tmp_path / "killed")
-    killed.stages = stages
-    with monkeypatch.context() as patch:
-        patch.setattr("qatlora.train.run.StepLog.on_step_end", dies_after_three)
-        with pytest.raises(Killed):
-            pipeline.run(killed)
-    killed.train.resume = True
-    resumed = pipeline.run(killed)
-    assert expected.train is not None
-    assert resumed.train is not None
-    losses = [point.loss for point in expected.train.history]
-    assert [point.loss for point in resumed.train.history] == losses
-    adapters = [tmp_path / name / "adapter" / "identity.json" for name in ("whole", "killed")]
-    deployed = [json.loads(path.read_text())["deployed"] for path in adapters]
-    assert deployed[0] == deployed[1]

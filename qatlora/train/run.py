@@ -1,5 +1,6 @@
 """Train adapters or latents: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,18 +14,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
+from qatlora import files
 from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
-from qatlora.errors import ConfigError, TrainError
+from qatlora.errors import ConfigError
 from qatlora.memory import peak_rss_bytes
+from qatlora.processes import first_before_rest
 from qatlora.report.results import TrainPoint, TrainResult
+from qatlora.train import checkpoints
+from qatlora.train.interruption import Interruption
 from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run folder that holds one folder per checkpoint, named checkpoint-STEP."""
-
-_LAST_WRITTEN = "trainer_state.json"
 _FUSED_FROM = 1 << 24
 
 OnStep = Callable[[int], None]
@@ -67,14 +68,17 @@ def train(
     """Run the optimizer over `rows` in their order, `rows_per_step` at a time.
 
     Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
+    With `settings.resume` the run goes on from the last checkpoint, where there is one.
 
     Raises:
         ConfigError: under torchrun, rows that cannot be shared out evenly.
-        TrainError: a loss that is not finite (the last checkpoint stays), or nothing to resume.
+        TrainError: a loss or gradient that is not finite; the last checkpoint stays.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
     """
-    checkpoint = last_checkpoint(run_dir / CHECKPOINTS) if settings.resume else None
+    checkpoint = first_before_rest(lambda: checkpoints.begin(run_dir, resume=settings.resume))
     adapted.keep_blocks(settings.keep_blocks)
-    log = StepLog(run_dir / "train_log.jsonl", resume=settings.resume, on_step=on_step)
+    log = StepLog(run_dir / "train_log.jsonl", resume=checkpoint is not None, on_step=on_step)
+    interruption = Interruption()
     trainer = GridTrainer(
         objective=objective,
         model=adapted.model,
@@ -82,18 +86,19 @@ def train(
         train_dataset=Dataset.from_list([training_record(row) for row in rows]),
         data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
         processing_class=adapted.tokenizer,
-        callbacks=[log],
+        callbacks=[log, interruption],
         optimizers=(build_optimizer(adapted, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with interruption.watching(run_dir):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     adapted.model.eval()
     losses = [point.loss for point in log.history]
+    trained = rows[: trainer.state.global_step * settings.rows_per_step]
     return TrainResult(
         steps=trainer.state.global_step,
-        tokens=trainer.num_loss_tokens,
-        seconds=time.monotonic() - start,
+        tokens=sum(row.num_scored_tokens for row in trained),
+        seconds=sum(point.seconds for point in log.history),
         loss_first=losses[0],
         loss_last=losses[-1],
         peak_rss_bytes=peak_rss_bytes(),
@@ -106,7 +111,7 @@ def _arguments(
 ) -> SFTConfig:
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(run_dir / CHECKPOINTS),
+        output_dir=str(run_dir / checkpoints.CHECKPOINTS),
         use_cpu=on_cpu,
         bf16=bf16,
         max_steps=settings.max_steps,
@@ -120,7 +125,6 @@ def _arguments(
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         save_steps=settings.save_steps,
-        save_total_limit=2,
         logging_steps=logging.log_steps,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not smoothed over
         report_to=logging.report_to.name,
@@ -137,6 +141,19 @@ def _arguments(
     )
 
 
+def fit_to_processes(settings: TrainConfig) -> TrainConfig:
+    """Make micro-batches small enough for every process to get one of each step.
+
+    Raises:
+        ConfigError: a step's rows cannot be shared out evenly.
+    """
+    share = settings.rows_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    rows = min(settings.micro_batch_rows, max(1, share))
+    fitted = dataclasses.replace(settings, micro_batch_rows=rows)
+    _micro_batches_per_process(fitted)
+    return fitted
+
+
 def _micro_batches_per_process(settings: TrainConfig) -> int:
     """Of a step; `rows_per_step` are those of all processes that torchrun has started."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -149,21 +166,6 @@ def _micro_batches_per_process(settings: TrainConfig) -> int:
             "the processes."
         )
     return each
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The latest whole checkpoint; one that a kill cut off lacks the file that is written last.
-
-    Raises:
-        TrainError: there is none.
-    """
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{_LAST_WRITTEN}")]
-    if not whole:
-        raise TrainError(
-            f"train.resume=true, but {folder} holds no whole checkpoint. Give the run_dir of the "
-            "killed run, or start anew with train.resume=false."
-        )
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def build_optimizer(adapted: Trainable, settings: TrainConfig) -> torch.optim.AdamW:
@@ -183,7 +185,7 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class StepLog(TrainerCallback):
-    """Keeps the history, appends it to a JSONL file, moves the bar, and stops on NaN."""
+    """Keeps the history, appends it to a JSONL file, and moves the bar."""
 
     def __init__(self, path: Path, *, resume: bool, on_step: OnStep) -> None:
         self.history: list[TrainPoint] = []
@@ -198,9 +200,10 @@ class StepLog(TrainerCallback):
         """On a resumed run, take over the lines up to the checkpoint and drop later ones."""
         self._last = time.monotonic()
         if state.global_step and self._path.is_file():
-            lines = [json.loads(line) for line in self._path.read_text("utf-8").splitlines()]
+            written = self._path.read_text("utf-8").splitlines(keepends=True)
+            lines = [json.loads(line) for line in written if line.endswith("\n")]  # a kill cuts one
             self.history = [TrainPoint(**x) for x in lines if x["step"] <= state.global_step]
-            self._path.write_text("".join(_line(point) for point in self.history), "utf-8")
+            files.write_text(self._path, "".join(_line(point) for point in self.history))
             self._on_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -208,7 +211,7 @@ class StepLog(TrainerCallback):
         self._on_step(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep one step; raise `TrainError` if its loss is not finite."""
+        """Keep one step."""
         if not logs or "loss" not in logs:
             return
         now = time.monotonic()
@@ -222,12 +225,6 @@ class StepLog(TrainerCallback):
             seconds=now - self._last,
         )
         self._last = now
-        if not math.isfinite(point.loss):
-            raise TrainError(
-                f"The loss of step {point.step} is {point.loss}, and only a finite loss can be "
-                "learned from. The last whole checkpoint is kept: lower train.learning_rate and "
-                "continue with train.resume=true, or look at the data of this step."
-            )
         self.history.append(point)
         if not state.is_world_process_zero:
             return

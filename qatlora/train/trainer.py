@@ -10,12 +10,14 @@ whole step, over all micro-batches and processes, so the loss does not depend on
 """
 
 import operator
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +29,7 @@ from qatlora.distill import Divergence, LmHead, LossSettings, Teacher, chunked_l
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import TrainError
 from qatlora.evaluate import final_hidden_states
+from qatlora.train import checkpoints
 from qatlora.train.teachers import BatchTeacher, context_of
 
 _TERMS = ("ce", "kl", "general_kl")
@@ -101,10 +104,11 @@ class GridTrainer(SFTTrainer):
         self._head = LmHead.of(self.model).to(objective.settings.compute_dtype)
         self._sums = torch.zeros(len(_TERMS), dtype=torch.float64)
         self._counts = torch.zeros(len(_TERMS), dtype=torch.float64)
-        self.num_loss_tokens = 0
+        self._micro_batch = 0  # of the step at work, from 1
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens of the step that carry a loss: [chat, replay], over all processes."""
+        self._micro_batch = 0
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batch_samples:
             per_row = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1)
@@ -112,7 +116,6 @@ class GridTrainer(SFTTrainer):
                 [per_row[~batch["is_general"]].sum(), per_row[batch["is_general"]].sum()]
             ).cpu()
         counts = self.accelerator.gather(counts.to(device).unsqueeze(0)).sum(dim=0)
-        self.num_loss_tokens += int(counts.sum())
         return counts
 
     def compute_loss(
@@ -144,6 +147,8 @@ class GridTrainer(SFTTrainer):
             token_kl_weight=token_kl,
             settings=self.objective.settings,
         )
+        self._micro_batch += 1
+        self._require_finite(f"loss of micro-batch {self._micro_batch}", loss.total)
         self._remember(loss.token_ce, loss.token_kl, token_ce, token_kl, general)
         # Gradients are averaged over processes, and the counts are those of all of them.
         return loss.total * self.accelerator.num_processes
@@ -174,6 +179,55 @@ class GridTrainer(SFTTrainer):
             self._sums.zero_()
             self._counts.zero_()
         super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
+        norm: Tensor = super()._clip_grad_norm(model)
+        self._require_finite("norm of the gradient", norm)
+        return norm
+
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        """Stop before a step is taken, so that no checkpoint holds what it would leave.
+
+        Raises:
+            TrainError: with the step and the last checkpoint.
+        """
+        if bool(value.isfinite()):
+            return
+        last = checkpoints.last_checkpoint(Path(self.args.output_dir).parent)
+        raise TrainError(
+            f"Step {self.state.global_step + 1}: the {name} is {value.item()}, and only a finite "
+            f"one can be learned from. The last checkpoint: {last or 'none'}; a resumed "
+            "run would meet the same step. Lower train.learning_rate and start anew in another "
+            "run_dir, or look at the step's data."
+        )
+
+    def store_flos(self) -> None:
+        """Count none: nobody reads them, and it would wait for processes that write nothing."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """One process writes, beside the place; the others wait.
+
+        Training draws no random numbers (the dither is a counter), so one state serves all.
+
+        Raises:
+            TrainError: it cannot be written, for the reason that the writer gives.
+        """
+        run_dir = Path(self.args.output_dir).parent
+        if self.args.should_save:
+            try:
+                super()._save_checkpoint(model, trial)
+                checkpoints.keep(run_dir, self.state.global_step)
+            except (OSError, RuntimeError, SafetensorError) as problem:
+                free = shutil.disk_usage(run_dir).free
+                raise TrainError(
+                    f"The checkpoint of step {self.state.global_step} could not be written below "
+                    f"{run_dir}, where {free / 1e9:.3f} GB are free: {problem}. Make room or grant "
+                    f"access there, and go on with train.resume=true run_dir={run_dir}."
+                ) from problem
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.scratch(Path(self.args.output_dir).parent))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoint the trainable parameters: all that training changes in a model."""

@@ -16,8 +16,9 @@ from qatlora.base.load import load_plain
 from qatlora.config import LoggingConfig, LrScheduler, TeacherConfig, TrainConfig
 from qatlora.data.rows import IGNORED, Row
 from qatlora.report.results import TrainPoint
+from qatlora.train.checkpoints import CHECKPOINTS
 from qatlora.train.objective import build_objective
-from qatlora.train.run import CHECKPOINTS, train
+from qatlora.train.run import train
 from qatlora.train.teachers import RunningTeacher
 
 NUM_STEPS, ROWS_PER_STEP = 2, 4

@@ -1,0 +1,54 @@
+"""Checkpoints of a run: RUN/checkpoints/checkpoint-STEP, whole or absent, the newest two kept."""
+
+import shutil
+from pathlib import Path
+
+from qatlora import files
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run folder that holds one folder per checkpoint."""
+
+_LAST_WRITTEN = "trainer_state.json"
+_NUM_KEPT = 2
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's whole checkpoints by step."""
+    found = (run_dir / CHECKPOINTS).glob(f"checkpoint-*/{_LAST_WRITTEN}")
+    return sorted((path.parent for path in found), key=_step)
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The latest whole checkpoint; None where the run has saved none."""
+    return next(reversed(whole_checkpoints(run_dir)), None)
+
+
+def begin(run_dir: Path, *, resume: bool) -> Path | None:
+    """Remove what a killed run has not finished, and without `resume` all that it has.
+
+    Returns:
+        The checkpoint to go on from; None where there is none.
+    """
+    last = last_checkpoint(run_dir) if resume else None
+    for pattern in (".partial", ".checkpoint-*", *([] if last else ["checkpoint-*"])):
+        for path in (run_dir / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(path)
+    return last
+
+
+def scratch(run_dir: Path) -> Path:
+    """Where a checkpoint is written before `keep` renames it."""
+    return run_dir / CHECKPOINTS / ".partial"
+
+
+def keep(run_dir: Path, step: int) -> None:
+    """Rename the checkpoint of `step` from the scratch to its place, and remove the oldest."""
+    name = f"checkpoint-{step}"
+    files.move_folder(scratch(run_dir) / name, run_dir / CHECKPOINTS / name)
+    scratch(run_dir).rmdir()
+    for old in whole_checkpoints(run_dir)[:-_NUM_KEPT]:
+        files.remove_folder(old)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -1,0 +1,60 @@
+"""What is done with a folder that holds a run: gone on with as the same run, or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from pipeline_cases import STAGES
+
+from qatlora.config import RootConfig
+from qatlora.errors import ConfigError, RunFolderError
+from qatlora.report.json_report import plain
+from qatlora.stages.resume import SETTINGS, check_run_folder
+from qatlora.state import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A second run on the folder of one that has saved a checkpoint."""
+    cfg = RootConfig(stages=list(STAGES), run_dir=str(tmp_path))
+    (tmp_path / SETTINGS).write_text(json.dumps(plain(dataclasses.asdict(cfg))))
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    cfg.train.resume = True
+    return Run.start(cfg)
+
+
+def check(run: Run) -> None:
+    check_run_folder(run, plain(dataclasses.asdict(run.cfg)))
+
+
+def test_a_run_is_not_written_over_unasked(run: Run) -> None:
+    run.cfg.train.resume = False
+    with pytest.raises(RunFolderError, match=r"checkpoint-20.*train\.resume=true.*another folder"):
+        check(run)
+    run.cfg.stages = ["preflight", "report"]
+    check(run)
+
+
+def test_a_resumed_run_keeps_its_course(run: Run) -> None:
+    check(run)
+    run.cfg.train.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"train\.learning_rate=0\.5: the run in .* has 0\.001"):
+        check(run)
+
+
+def test_what_changes_speed_alone_may_differ(run: Run) -> None:
+    run.cfg.train.save_steps, run.cfg.train.gradient_checkpointing = 3, True
+    run.cfg.guard.require_effect = False
+    check(run)
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_and_says_so(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.run_dir / "checkpoints" / "checkpoint-20" / "trainer_state.json").unlink()
+    run.cfg.train.learning_rate = 0.5
+    check(run)
+    assert "holds no checkpoint to go on from" in " ".join(capsys.readouterr().err.split())
