@@ -20,6 +20,7 @@ from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
 from qatlora.distill import TeacherCache
+from qatlora.evaluate import KldSummary
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.fidelity.plan import Comparison
@@ -99,6 +100,11 @@ class Run:
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
         return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
+
+    def measure(self, name: str, model: torch.nn.Module, **options: Any) -> dict[str, KldSummary]:
+        """`Evaluation.measure` under a progress bar."""
+        with self.bar(f"evaluate {name}", self.evaluation.num_tokens, "tokens") as advance:
+            return self.evaluation.measure(name, model, advance, **options)
 
     def held_weights(self) -> contextlib.AbstractContextManager[None]:
         """Decoded weights of the adapted model for many forwards, where they are allowed."""

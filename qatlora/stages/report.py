@@ -1,0 +1,13 @@
+"""The stage `report`: what the stages have left, as files and as a table in the terminal."""
+
+from qatlora import progress
+from qatlora.report.console import to_console
+from qatlora.report.write import write_report
+from qatlora.state import Run, report_of
+
+
+def report(state: Run) -> None:
+    """Write report.json, report.md and the plots, and print the table."""
+    figures = report_of(state)
+    write_report(figures, state.run_dir)
+    progress.console.print(to_console(figures))
