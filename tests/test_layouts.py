@@ -6,7 +6,6 @@ these (the same weights as F32) within that of sums in another order.
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from qatlora.base.layout import plain_config
 from qatlora.base.load import load_tokenizer
 from qatlora.config import AdapterKind, Storage
 from qatlora.llamacpp import tools
+from qatlora.llamacpp.kld_base import read_base
 
 WINDOW, WINDOWS = 64, 3  # tokens: twice the sliding window
 NOISE_NATS = {"Q4_0": 2.4e-3, "F32": 1e-6}
@@ -59,7 +59,7 @@ def test_what_was_trained_is_what_llama_cpp_runs(
     assert tools.tokenize(gguf, text) == ids
     model = model_from_gguf(gguf, plain_config(tiny_multimodal_folder), torch.float32)
     wide = tmp_path / "f32.gguf"
-    tools._run_tool("llama-quantize", ["--allow-requantize", str(gguf), str(wide), "F32"], 60)
+    tools.convert_types(gguf, wide, "F32")
     for path, kind in ((gguf, "Q4_0"), (wide, "F32")):
         windows = llama_cpp_log_probs(path, text, tmp_path / "logits.bin")
         klds = [kld_of_window(model, ids, theirs) for ids, theirs in windows]
@@ -74,16 +74,10 @@ def llama_cpp_log_probs(
     document.write_text(text, encoding="utf-8")
     options = ["-m", gguf, "-f", document, "-c", WINDOW, "-b", WINDOW, "--chunks", WINDOWS]
     options += ["--kl-divergence-base", logits]
-    tools._run_tool("llama-perplexity", [str(option) for option in options], timeout=120)
-    content = logits.read_bytes()
-    magic, _, vocab, _ = struct.unpack_from("<8s3i", content)
-    assert magic == b"_logits_"
-    ids = np.frombuffer(content, "<i4", WINDOWS * WINDOW, 20).reshape(WINDOWS, WINDOW)
-    width = 2 * ((vocab + 1) // 2) + 4
-    rows = np.frombuffer(content, "<u2", offset=20 + ids.nbytes).reshape(WINDOWS, -1, width)
-    for window, coded in zip(ids, rows, strict=True):
-        scale, least = np.ascontiguousarray(coded[:, :4]).view("<f4").T[..., None]
-        yield window, least + scale * coded[:, 4 : 4 + vocab]
+    tools.run_tool("llama-perplexity", [str(option) for option in options], timeout=120)
+    base = read_base(logits)
+    rows = np.concatenate(list(base.log_probs()))
+    yield from zip(base.tokens, np.split(rows, len(base.tokens)), strict=True)
 
 
 @torch.no_grad()
