@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qatlora.errors import ConfigError
+from qatlora.paths import shipped
 
 STAGES = (
     "preflight",
@@ -614,7 +615,10 @@ _EMBEDDED_TEMPLATES = {"gemma3_270m": "gemma3"}
 
 
 def settle_base(base: BaseConfig) -> None:
-    """Let a path or hub id displace the default embedded base, and name what has no name."""
+    """Let a path or hub id displace an embedded or published base, and name what has no name."""
+    if base.architecture and (base.path or base.hub_id != _published_hub_id(base.name)):
+        base.hub_id = None if base.path else base.hub_id
+        base.architecture = base.name = None
     if base.path or base.hub_id:
         if base.name == base.embedded:
             base.name = None
@@ -624,3 +628,9 @@ def settle_base(base: BaseConfig) -> None:
     if base.name is None:
         source = base.embedded or base.path or base.hub_id or "base"
         base.name = re.sub(r"\.gguf$", "", Path(source).name, flags=re.IGNORECASE)
+
+
+def _published_hub_id(name: str | None) -> str | None:
+    """The hub id in the file of conf/base that has this name; None without such a file."""
+    path = shipped("conf") / "base" / f"{name}.yaml"
+    return OmegaConf.load(path).get("hub_id") if path.is_file() else None

@@ -259,6 +259,23 @@ def test_only_a_bf16_teacher_writes_a_cache_for_any_recipe():
         validate(change(root, "teacher.kind", TeacherKind.self))
 
 
+@pytest.mark.parametrize("recipe", ["plan", "chat_sft"])
+def test_a_path_displaces_a_published_base_with_all_that_was_known_of_it(recipe, tmp_path):
+    root = to_dataclasses(
+        compose(f"recipe={recipe}", "base=gemma4_12b_it_qat", f"base.path={tmp_path}")
+    )
+    validate(root)
+    assert (root.base.hub_id, root.base.architecture) == (None, None)
+    assert root.base.name == tmp_path.name
+
+
+def test_another_hub_id_is_not_taken_for_the_published_base():
+    other = to_dataclasses(compose("recipe=plan", "base.hub_id=org/model")).base
+    assert (other.hub_id, other.architecture, other.name) == ("org/model", None, "model")
+    published = to_dataclasses(compose("recipe=plan")).base
+    assert published.architecture == published.name.removesuffix("_it_qat")
+
+
 def test_a_path_and_a_hub_id_together_are_refused(valid, tmp_path):
     both = change(change(valid, "base.path", str(tmp_path)), "base.hub_id", "org/model")
     with pytest.raises(ConfigError, match="one base"):
