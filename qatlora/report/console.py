@@ -22,6 +22,7 @@ from qatlora.report.preview_text import (
 )
 from qatlora.report.results import GuardResult, InspectResult, RunReport
 from qatlora.report.results_preview import PreviewResult
+from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows
 from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
 from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
@@ -57,7 +58,7 @@ def to_console(report: RunReport) -> RenderableType:
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     if report.runtime:
-        parts.append(plain_table("in llama.cpp", RUNTIME_HEADER, runtime_rows(report.runtime)))
+        parts.append(_runtime_table(report.runtime))
     outcome = verdict(report)
     style = {True: "bold green", False: "bold red", None: "bold"}[outcome.good]
     parts.append(Text(visible(outcome.headline), style=style))
@@ -113,6 +114,13 @@ def plain_table(
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
+
+
+def _runtime_table(result: RuntimeResult) -> Table:
+    """Without p99, for which 80 columns have no room; report.md has it."""
+    kept = [index for index, name in enumerate(RUNTIME_HEADER) if name != "p99"]
+    rows = [[row[index] for index in kept] for row in runtime_rows(result)]
+    return plain_table("in llama.cpp", [RUNTIME_HEADER[index] for index in kept], rows)
 
 
 def _gate_table(guard: GuardResult) -> Table:

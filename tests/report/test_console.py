@@ -5,6 +5,14 @@ from rich.console import Console
 
 from qatlora.report.console import to_console
 from qatlora.report.results import GuardResult
+from qatlora.report.results_runtime import (
+    CANDIDATE,
+    CONTROL,
+    TRAINED_FP32,
+    RuntimeKld,
+    RuntimeResult,
+    RuntimeRow,
+)
 
 
 def printed(report, width=80):
@@ -27,6 +35,18 @@ def test_eighty_columns_hold_the_reference_of_a_distillation(run_report):
     text = printed(replace(run_report, texts={"general": models}))
     assert "reference" in text
     assert "…" not in text
+
+
+def test_eighty_columns_break_no_cell_of_the_runs_in_llama_cpp(run_report):
+    def row(model, kld, perplexity=26.15):
+        figures = kld and RuntimeKld(kld, 0.00016, kld, kld, kld, 0.9738)
+        return RuntimeRow(model, perplexity, 4.2, figures, RuntimeKld(0.3724, 0.023, 0, 0, 0, 0.7))
+
+    rows = [row(TRAINED_FP32, None), row(CANDIDATE, 0.002043), row(CONTROL, 0.02914)]
+    text = printed(replace(run_report, runtime=RuntimeResult(3, 256, 381, rows)))
+    assert CONTROL in text
+    assert "0.002043 ± 0.00016" in text
+    assert "0.3724 ± 0.023" in text
 
 
 def test_a_failed_guard_shows_gate_and_remedy(failed_report):
