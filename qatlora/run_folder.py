@@ -10,8 +10,8 @@ from pathlib import Path
 from qatlora.errors import RunFolderError
 
 _LOCK = ".lock"
-_PARTS = (".*.partial", ".*.removed", ".candidate")
-"""What `qatlora.files` and the export write before they rename it."""
+_PARTS = (".*.partial", ".*.removed", ".candidate", ".merged-*")
+"""What `qatlora.files` and the export write before they rename it, and a merge that is judged."""
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ def test_a_folder_in_use_is_refused_by_the_holders_process_id_until_that_dies(
 def test_parts_of_a_killed_run_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / ".candidate").mkdir()
     (tmp_path / ".candidate" / "half.gguf").write_bytes(b"GG")
+    (tmp_path / ".merged-x1y2").mkdir()
+    (tmp_path / ".merged-x1y2" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".report.json.123.partial").write_text("{")
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / ".git").mkdir()
