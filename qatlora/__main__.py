@@ -201,7 +201,8 @@ def _run_job(cfg: DictConfig) -> None:
 
 def _end_sweep() -> SweepResult | None:
     """Write and show the table of a sweep; None after a single run."""
-    sweep = gather(SweepFolder.current) if SweepFolder.current else None
+    folder = SweepFolder.current
+    sweep = gather(folder, SweepFolder.earlier) if folder else None
     if sweep is not None:
         from qatlora.report.sweep_table import show, write_sweep  # imports the plots
 

@@ -101,6 +101,7 @@ def validate(cfg: RootConfig) -> None:
     check_teacher(cfg)
     _check_distill(cfg)
     _check_train(cfg.train)
+    _check_logging(cfg)
     _check_export(cfg.export)
     _check_inspect(cfg.inspect)
     _check_plan(cfg.plan)
@@ -248,6 +249,15 @@ def _check_train(train: TrainConfig) -> None:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.device):
         raise ConfigError(f"train.device={train.device}: must be auto, cpu, cuda or cuda:N.")
+
+
+def _check_logging(cfg: RootConfig) -> None:
+    log_steps, max_steps = cfg.logging.log_steps, cfg.train.max_steps
+    if "train" in cfg.stages and log_steps > max_steps:
+        raise ConfigError(
+            f"logging.log_steps={log_steps}: no loss would be logged, as training ends after "
+            f"train.max_steps={max_steps}. Set logging.log_steps to at most that."
+        )
 
 
 def _check_export(export: ExportConfig) -> None:

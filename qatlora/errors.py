@@ -64,7 +64,7 @@ class TrainError(QatloraError):
 
 
 class RunFolderError(QatloraError):
-    """The run folder is in use, or holds another run."""
+    """A run folder or teacher cache is in use, or the folder holds another run."""
 
 
 class CacheError(QatloraError):

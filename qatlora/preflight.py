@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -84,7 +85,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
 
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
-    """Estimate peak memory of the device, disk below run_dir, and time without unpacking."""
+    """Estimate peak memory of the device, disk below `target`, and time without unpacking."""
     if "build" in cfg.stages:
         return _estimate_build(cfg, layout)
     if "benchmark" in cfg.stages:
@@ -232,7 +233,21 @@ def _measured_rate(device: torch.device) -> float:
     return 2 * 512 * 1024 * 4096 / best
 
 
-def require(needs: Needs, run_dir: Path, device: torch.device) -> None:
+class Target(NamedTuple):
+    """The folder that a run writes most to, and the setting that chooses it."""
+
+    folder: Path
+    setting: str
+
+
+def target(cfg: RootConfig) -> Target:
+    """Where the disk that `estimate` counts is taken."""
+    if "teacher_cache" in cfg.stages and cfg.teacher.cache_path is not None:
+        return Target(Path(cfg.teacher.cache_path), "teacher.cache_path")
+    return Target(Path(cfg.run_dir), "run_dir")
+
+
+def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
@@ -247,12 +262,13 @@ def require(needs: Needs, run_dir: Path, device: torch.device) -> None:
             "train.micro_batch_rows, or set train.gradient_checkpointing=true or "
             "evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    places = (written_to.folder, *written_to.folder.absolute().parents)
+    existing = next(folder for folder in places if folder.exists())
     free = shutil.disk_usage(existing).free
     if needs.disk_bytes > free:
         raise ResourceError(
-            f"This run writes about {_gb(needs.disk_bytes)} below {run_dir} and {_gb(free)} are "
-            "free there. Make room, or set run_dir to another disk."
+            f"This run writes about {_gb(needs.disk_bytes)} below {written_to.folder} and "
+            f"{_gb(free)} are free there. Make room, or set {written_to.setting} to another disk."
         )
 
 

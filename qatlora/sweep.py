@@ -2,12 +2,15 @@
 
 A launcher may put a run into another process or on another machine, so a run's outcome is a file in
 its folder. The process that was started by hand reads these files when the last run has ended.
+
+A sweep may be sent to the folder of an earlier one, whose runs it may not be allowed to replace: so
+nothing is deleted here. What was there before is told from what is new by the time of writing.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,12 +30,19 @@ class SweepFolder(Callback):
     """Hydra makes one (conf/config.yaml) and tells it where a sweep begins; `main` asks here."""
 
     current: ClassVar[Path | None] = None
+    earlier: ClassVar[dict[Path, int | None]] = {}
+    """When the outcomes that an earlier sweep left in the folder were written."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remember the folder, and clear it of the outcomes of an earlier sweep."""
+        """Remember the folder, and the outcomes of an earlier sweep in it."""
         SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
-        for stale in SweepFolder.current.rglob(OUTCOME):
-            stale.unlink()
+        SweepFolder.earlier = {
+            path: _written_at_ns(path) for path in SweepFolder.current.rglob(OUTCOME)
+        }
+
+
+def _written_at_ns(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class _Outcome:
     status: str = "unfinished"
     reason: str | None = _UNFINISHED
     seconds: float | None = None
+    reported: bool = False  # whether it wrote the report that lies beside this file
 
 
 def record_run(
@@ -55,7 +66,7 @@ def record_run(
         overrides: KEY=VALUE of the job.
         run: does it; returns why it failed, or None.
     """
-    (folder / _REPORT).unlink(missing_ok=True)  # of an earlier sweep in the same folder
+    report_before = _written_at_ns(folder / _REPORT)
     outcome = _Outcome(number, overrides)
     files.write_json(folder / OUTCOME, dataclasses.asdict(outcome))
     start = time.monotonic()
@@ -65,15 +76,22 @@ def record_run(
         status="finished" if reason is None else "failed",
         reason=reason,
         seconds=time.monotonic() - start,
+        reported=_written_at_ns(folder / _REPORT) != report_before,
     )
     files.write_json(folder / OUTCOME, dataclasses.asdict(outcome))
 
 
-def gather(folder: Path) -> SweepResult | None:
-    """The runs of the sweep in `folder`, by number; None where none has begun."""
+def gather(folder: Path, earlier: Mapping[Path, int | None]) -> SweepResult | None:
+    """The runs of the sweep in `folder`, by number; None where none has begun.
+
+    Args:
+        folder: of the sweep.
+        earlier: outcomes of another sweep, left out unless written again since.
+    """
     found = [
         (_Outcome(**json.loads(path.read_text(encoding="utf-8"))), path.parent)
         for path in folder.rglob(OUTCOME)
+        if path not in earlier or _written_at_ns(path) != earlier[path]
     ]
     found.sort(key=lambda pair: pair[0].number)
     settings = [_settings(outcome.overrides) for outcome, _ in found]
@@ -96,7 +114,7 @@ def _settings(overrides: list[str]) -> dict[str, str]:
 
 def _run(outcome: _Outcome, place: Path, settings: dict[str, str]) -> SweepRun:
     report: dict[str, Any] = {}
-    if (place / _REPORT).is_file():
+    if outcome.reported:
         report = json.loads((place / _REPORT).read_text(encoding="utf-8"))
     gates = (report.get("guard") or {}).get("gates", [])
     statuses = [gate["status"] for gate in gates]

@@ -14,7 +14,7 @@ import pytest
 
 from qatlora.__main__ import main
 from qatlora.config import RootConfig
-from qatlora.errors import GuardFailed
+from qatlora.errors import GuardFailed, RunFolderError
 from qatlora.paths import shipped
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +223,26 @@ def test_a_sweep_in_the_folder_of_an_earlier_one_takes_nothing_over(command, pip
     command("-m", "recipe=chat_sft", "seed=4,5", "run_dir=sweep")
     with (tmp_path / "sweep" / "sweep.csv").open(newline="") as file:
         assert [row["seed"] for row in csv.DictReader(file)] == ["4", "5"]
+
+
+def test_a_sweep_that_is_refused_leaves_the_reports_of_the_earlier_one(command, pipeline, tmp_path):
+    def report(cfg: RootConfig) -> None:
+        (Path(cfg.run_dir) / "report.json").write_text(f'{{"perplexity": {{}}, "{cfg.seed}": 1}}')
+
+    pipeline.fails_with = report
+    command("-m", "recipe=chat_sft", "seed=1,2,3", "run_dir=sweep")
+    reports = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("report.json")}
+    outcome = (tmp_path / "sweep" / "2" / "outcome.json").read_bytes()
+    assert len(reports) == 3
+    assert b'"reported": true' in outcome
+    pipeline.fails_with = lambda cfg: RunFolderError(f"{cfg.run_dir} holds the run.")
+    exit_code, message = command("-m", "recipe=chat_sft", "seed=1,2", "run_dir=sweep")
+    assert exit_code == 1
+    assert "2 of the 2 runs of the sweep failed" in message
+    assert {path: path.read_bytes() for path in reports} == reports
+    assert (tmp_path / "sweep" / "2" / "outcome.json").read_bytes() == outcome
+    refused = (tmp_path / "sweep" / "0" / "outcome.json").read_text()
+    assert '"reported": false' in refused  # the figures beside it are of the earlier run
 
 
 def test_all_runs_of_a_sweep_share_one_folder_named_after_the_recipe(command, pipeline, tmp_path):

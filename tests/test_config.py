@@ -139,6 +139,7 @@ def test_every_section_says_what_it_is_for():
         ("train.learning_rate", float("inf"), "greater than 0"),
         ("train.micro_batch_rows", 3, "must divide train.rows_per_step=4"),
         ("train.warmup_ratio", 1.0, "below 1"),
+        ("logging.log_steps", 10_000, "at most that"),
         ("train.device", "gpu", "auto, cpu, cuda"),
         ("teacher.kl_weight", -0.1, "at least 0"),
         ("teacher.kind", TeacherKind.none, "need a teacher"),

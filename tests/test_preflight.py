@@ -1,6 +1,7 @@
 """What a run is said to need before it starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.source import find_source
 from qatlora.config import RootConfig, Storage, Trained
 from qatlora.distill.cache import bytes_per_token
-from qatlora.errors import ConfigError
+from qatlora.errors import ConfigError, ResourceError
 from qatlora.plan.shape import model_shape
 
 
@@ -62,6 +63,27 @@ def test_a_cache_counts_its_tokens_its_head_and_the_teacher_alone(tiny_llama_fol
     assert longer.disk_bytes - needs.disk_bytes == added
     assert needs.disk_bytes - added == 2 * 64 * (384 + 2)
     assert longer.memory_bytes == needs.memory_bytes
+
+
+@pytest.mark.parametrize("stage", ["teacher_cache", "train"])
+def test_a_full_disk_is_looked_for_where_the_run_writes(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RootConfig(stages=["preflight", stage], run_dir=str(tmp_path / "small" / "run"))
+    cfg.teacher.cache_path = str(tmp_path / "large" / "cache")
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+    free = {tmp_path / "small": 10, tmp_path / "large": 1000}
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: SimpleNamespace(free=free[Path(folder)])
+    )
+    written_to = preflight.target(cfg)
+    cached = stage == "teacher_cache"
+    enough = 1000 if cached else 10
+    preflight.require(preflight.Needs(0, enough, 0), written_to, torch.device("cpu"))
+    setting = r"teacher\.cache_path" if cached else "run_dir"
+    with pytest.raises(ResourceError, match=f"set {setting} to another disk"):
+        preflight.require(preflight.Needs(0, enough + 1, 0), written_to, torch.device("cpu"))
 
 
 def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(

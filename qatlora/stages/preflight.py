@@ -11,7 +11,7 @@ from qatlora.data.templates import chosen_template
 from qatlora.export.checkpoint import require_plain
 from qatlora.grid.fused import compiles_on
 from qatlora.llamacpp.source import check_converter
-from qatlora.preflight import describe, estimate, require
+from qatlora.preflight import describe, estimate, require, target
 from qatlora.stages.build import check_build
 from qatlora.stages.fidelity import check_fidelity
 from qatlora.stages.inspect import check_inspect
@@ -36,7 +36,7 @@ def preflight(state: Run) -> None:
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
     needs = estimate(cfg, state.source, state.layout, state.device)
-    require(needs, state.run_dir, state.device)
+    require(needs, target(cfg), state.device)
     if "save_base" in cfg.stages:
         require_plain(state.source)
     if "write_candidate" in cfg.stages:

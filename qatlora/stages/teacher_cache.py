@@ -29,6 +29,7 @@ from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ConfigError
 from qatlora.evaluate import reference_states
 from qatlora.report.results_cache import CachePoint, CacheResult
+from qatlora.run_folder import claimed_cache
 from qatlora.stages.teacher import course_settings, rows_with_teacher, words_digests
 from qatlora.state import Run
 from qatlora.train.objective import divergence_of
@@ -54,11 +55,17 @@ def check_teacher_cache(state: Run) -> None:
 
 
 def teacher_cache(state: Run) -> None:
-    """Write what is missing, then measure what was kept."""
+    """Write what is missing, then measure what was kept.
+
+    Raises:
+        CacheError: the folder holds a cache made from something else, or a damaged one.
+        RunFolderError: another run writes to the cache.
+    """
     cfg, start = state.cfg, time.monotonic()
     folder = Path(cfg.teacher.cache_path or state.run_dir / "teacher_cache")
     rows = {row.key: row for row in rows_with_teacher(state.batches.train, cfg.teacher)}
-    added = _add_missing(state, folder, rows)
+    with claimed_cache(folder):
+        added = _add_missing(state, folder, rows)
     seconds = time.monotonic() - start
     cache = TeacherCache(folder)
     state.cache_result = CacheResult(

@@ -137,6 +137,9 @@ def _arguments(
         max_length=None,  # the rows are already cut
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,  # all that trains takes part in every loss
+        # DDP would send the packed base from the first process in every step, though all processes
+        # load the same base and draw from the same seed.
+        ddp_broadcast_buffers=False,
         disable_tqdm=True,
     )
 

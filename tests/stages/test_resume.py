@@ -34,8 +34,30 @@ def test_a_run_is_not_written_over_unasked(run: Run) -> None:
     run.cfg.train.resume = False
     with pytest.raises(RunFolderError, match=r"checkpoint-20.*train\.resume=true.*another folder"):
         check(run)
-    run.cfg.stages = ["preflight", "report"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_recipe_is_refused_in_the_folder_of_another_one(trains: bool, run: Run) -> None:
+    run.cfg.card.name = "inspect"
+    if not trains:
+        run.cfg.stages = ["preflight", "inspect", "report"]
+    kind = f"recipe=inspect {'with' if trains else 'without'} training"
+    with pytest.raises(RunFolderError, match=rf"of recipe= with training.*{kind}.*run_dir"):
+        check(run)
+
+
+def test_settings_of_training_are_not_replaced_by_those_of_its_recipe_without(run: Run) -> None:
+    run.cfg.stages = ["preflight", "load_data", "teacher_cache", "report"]
+    with pytest.raises(RunFolderError, match="another folder"):
+        check(run)
+    (run.run_dir / SETTINGS).write_text(json.dumps(plain(dataclasses.asdict(run.cfg))))
     check(run)
+
+
+def test_a_config_of_a_checkpoint_is_not_written_over(run: Run) -> None:
+    (run.run_dir / SETTINGS).write_text('{"model_type": "llama"}')
+    with pytest.raises(RunFolderError, match=r"config\.json is of no run of qatlora.*run_dir"):
+        check(run)
 
 
 def test_a_resumed_run_keeps_its_course(run: Run) -> None:
@@ -43,6 +65,22 @@ def test_a_resumed_run_keeps_its_course(run: Run) -> None:
     run.cfg.train.learning_rate = 0.5
     with pytest.raises(ConfigError, match=r"train\.learning_rate=0\.5: the run in .* has 0\.001"):
         check(run)
+
+
+def test_a_resumed_run_keeps_the_type_that_the_embeddings_are_rounded_to(run: Run) -> None:
+    run.cfg.export.file_name = "other.gguf"
+    check(run)
+    run.cfg.export.other_type = next(
+        kind for kind in type(run.cfg.export.other_type) if kind is not run.cfg.export.other_type
+    )
+    with pytest.raises(ConfigError, match=r"export\.other_type=\w+: the run in .* has \w+"):
+        check(run)
+
+
+def test_what_leaves_training_as_it_is_may_differ(run: Run) -> None:
+    run.cfg.data.num_prompts += 1
+    run.cfg.teacher.cache_path = "elsewhere"
+    check(run)
 
 
 def test_what_changes_speed_alone_may_differ(run: Run) -> None:
