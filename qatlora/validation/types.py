@@ -15,6 +15,7 @@ from torch import Tensor
 from qatlora import files
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import Layout, plain_config
+from qatlora.base.names import text_model_name
 from qatlora.base.others import deployed_other
 from qatlora.base.source import Source
 from qatlora.export.folders import copy_side_files
@@ -88,7 +89,12 @@ def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
             weights = dict(model.named_parameters())
             quantized.unlink()
             found.append(
-                damage(name, source, layout.trained, lambda m, _, w=weights: w[f"{m}.weight"])
+                damage(
+                    name,
+                    source,
+                    layout.trained,
+                    lambda m, _, w=weights: w[f"{text_model_name(m)}.weight"],
+                )
             )
     return found
 
