@@ -107,7 +107,7 @@ def _stage(source: Source, tied: bool, staging: Path) -> None:
     for path in sorted(set(source.files.values())):
         if tied and source.files.get(_HEAD) == path:  # stray: it would untie the model
             tensors = load_file(path)
-            del tensors[_HEAD]
+            del tensors[source.stored_names.get(_HEAD, _HEAD)]
             save_file(tensors, staging / path.name, metadata={"format": "pt"})
         else:
             (staging / path.name).symlink_to(path.resolve())

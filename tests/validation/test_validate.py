@@ -13,6 +13,7 @@ from loaded_cases import (
     adapted_model,
     candidate_of,
     edit_tensors,
+    edited_folder,
     loaded,
     on_grid_folder,
 )
@@ -197,6 +198,22 @@ def test_every_type_is_measured_on_a_multimodal_checkpoint(tiny_multimodal_folde
     assert list(found) == [BY_LLAMA_CPP, BY_GRID, "Q8_0", "Q4_K_M", "Q6_K"]
     for name in ("Q4_K_M", "Q6_K"):
         assert 1e-4 < found[name].relative_error < 0.2
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma3_multimodal"], indirect=True)
+def test_a_stray_head_is_left_out_by_the_name_it_has_in_the_file(
+    tiny_multimodal_folder: Path, tmp_path: Path
+):
+    folder = edited_folder(tiny_multimodal_folder, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["language_model.model.embed_tokens.weight"]
+    edit_tensors(folder, {"language_model.lm_head.weight": embeddings.clone()})
+    source = find_source(BaseConfig(path=str(folder), name="tiny"))
+    assert "lm_head.weight" in source.files
+    layout = find_layout(source, BaseConfig())
+    inspection = inspect_checkpoint(source, layout.trained, torch.device("cpu"))
+    assert damage_by_type(source, layout, inspection)[-1].type == "Q6_K"
 
 
 @pytest.mark.llama_cpp
