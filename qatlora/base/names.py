@@ -32,3 +32,12 @@ def model_name(stored: str, model_type: str) -> str:
         if match := re.match(pattern, stored):
             return replacement + stored[match.end() :]
     return stored
+
+
+def text_model_name(name: str) -> str:
+    """The name that a tensor or module of the decoder has in the text model alone.
+
+    A GGUF file is loaded as the text model, while the lists of a multimodal base name the modules
+    of the whole one; of a text model both names are the same.
+    """
+    return re.sub(r"^model\.language_model\.", "model.", name)

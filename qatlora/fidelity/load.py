@@ -17,6 +17,8 @@ from qatlora.adapters.saved import load_adapter, read_identity
 from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
 from qatlora.base.others import deploy_others
+from qatlora.base.packed import packed_blocks
+from qatlora.base.source import Source
 from qatlora.base.stores import dequantized_nf4
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
@@ -97,16 +99,19 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
             model.set_submodule(name, _plain_linear(weight, linear.bias))
         return model.to(settings.dtype) if settings.dtype == torch.float32 else model
     model = load_plain(source.folder, settings.device, settings.dtype)
-    if place.storage in _ENCODERS and not source.packed_modules:
+    is_stored_so = place.storage == "q4_0" and bool(source.packed_modules)
+    if place.storage in _ENCODERS and not is_stored_so:
         encode = _ENCODERS[place.storage]
-        _put_blocks(
-            model,
-            (
-                (name, encode(source.tensor(f"{name}.weight").to(settings.device)))
-                for name in layout.grid
-            ),
-        )
+        blocks = ((name, encode(_weight(source, name, settings.device))) for name in layout.grid)
+        _put_blocks(model, blocks)
     return model
+
+
+def _weight(source: Source, name: str, device: torch.device) -> Tensor:
+    """The weight as it is stored; of a packed module decoded to float32, which holds it exactly."""
+    if name in source.packed_modules:
+        return decode(packed_blocks(source, name, device), torch.float32)
+    return source.tensor(f"{name}.weight").to(device)
 
 
 def _before_and_after(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
 from qatlora.base.layout import plain_config
 from qatlora.base.load import load_plain
+from qatlora.base.names import text_model_name
 from qatlora.base.on_grid import on_grid_share
 from qatlora.base.others import deploy_others
 from qatlora.base.source import Source, read_source
@@ -177,7 +178,10 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
     share = state.inspection.on_grid_share if state.inspection else base_share
     weights = dict(model.named_parameters())
     found = damage(
-        GGUF, checkpoint, state.layout.trained, lambda m, _: weights[f"{m}.weight"].cpu()
+        GGUF,
+        checkpoint,
+        state.layout.trained,
+        lambda m, _: weights[f"{text_model_name(m)}.weight"].cpu(),
     )
     state.validation = dataclasses.replace(state.validation, types=[*state.validation.types, found])
     return gguf_gates(kld.mean, found.exact_share, share, state.cfg.validate)

@@ -15,6 +15,7 @@ from torch import Tensor
 from qatlora import files
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import Layout, plain_config
+from qatlora.base.names import text_model_name
 from qatlora.base.others import deployed_other
 from qatlora.base.source import Source
 from qatlora.export.folders import copy_side_files
@@ -88,7 +89,12 @@ def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
             weights = dict(model.named_parameters())
             quantized.unlink()
             found.append(
-                damage(name, source, layout.trained, lambda m, _, w=weights: w[f"{m}.weight"])
+                damage(
+                    name,
+                    source,
+                    layout.trained,
+                    lambda m, _, w=weights: w[f"{text_model_name(m)}.weight"],
+                )
             )
     return found
 
@@ -101,7 +107,7 @@ def _stage(source: Source, tied: bool, staging: Path) -> None:
     for path in sorted(set(source.files.values())):
         if tied and source.files.get(_HEAD) == path:  # stray: it would untie the model
             tensors = load_file(path)
-            del tensors[_HEAD]
+            del tensors[source.stored_names.get(_HEAD, _HEAD)]
             save_file(tensors, staging / path.name, metadata={"format": "pt"})
         else:
             (staging / path.name).symlink_to(path.resolve())

@@ -6,7 +6,16 @@ import bitsandbytes.functional as bnb
 import gguf
 import pytest
 import torch
-from loaded_cases import NUM_LINEARS, adapted_model, built_folder, candidate_of, loaded
+from loaded_cases import (
+    NUM_LINEARS,
+    adapted_model,
+    built_folder,
+    candidate_of,
+    edit_tensors,
+    edited_folder,
+    loaded,
+)
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatlora.adapters.deployed import deployed_weight
@@ -17,7 +26,7 @@ from qatlora.base.source import find_source
 from qatlora.config import BaseConfig
 from qatlora.fidelity.load import BEFORE, LoadSettings, load_models
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
-from qatlora.grid import decode
+from qatlora.grid import decode, encode_reference
 
 FP32 = LoadSettings(torch.device("cpu"), torch.float32, "q8_0")
 
@@ -86,6 +95,26 @@ def test_a_build_is_what_its_source_becomes_in_that_storage(tiny_llama_folder, t
     for storage in (None, kind):
         build = only(checkpoint(tmp_path / "build", storage), tiny_llama_folder)
         assert_same_weights(build, only(checkpoint(tiny_llama_folder, kind), tiny_llama_folder))
+
+
+def test_llama_cpp_rule_is_applied_to_the_decoded_weights_of_a_build(tiny_llama_folder, tmp_path):
+    base = edited_folder(tiny_llama_folder, tmp_path / "base")
+    generator = torch.Generator().manual_seed(1)
+
+    def on_a_grid(weight: torch.Tensor) -> torch.Tensor:  # no level is 8, as the rule wants one
+        return torch.randint(-5, 6, weight.shape, generator=generator).bfloat16() / 64
+
+    weights = load_file(base / "model.safetensors").items()
+    edit_tensors(base, {name: on_a_grid(w) for name, w in weights if "_proj.weight" in name})
+    built_folder(base, tmp_path / "build", "q4_0")
+    place = checkpoint(tmp_path / "build", "q4_0_reference")
+    build = only(checkpoint(tmp_path / "build"), tiny_llama_folder)
+    by_rule = only(place, tiny_llama_folder)
+    for name in place.layout.grid:
+        decoded = build.get_submodule(name).weight
+        expected = decode(encode_reference(decoded), torch.float32)
+        assert torch.equal(by_rule.get_submodule(name).weight, expected)
+        assert not torch.equal(expected, decoded)
 
 
 @pytest.mark.llama_cpp

@@ -8,7 +8,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from loaded_cases import RULE, edit_tensors, loaded, on_grid_folder
+from loaded_cases import (
+    RULE,
+    adapted_model,
+    candidate_of,
+    edit_tensors,
+    edited_folder,
+    loaded,
+    on_grid_folder,
+)
 from peft import LoraConfig, get_peft_model
 from pipeline_cases import settings, write_data
 from safetensors.torch import load_file, save_file
@@ -165,6 +173,47 @@ def test_a_gguf_of_the_blocks_passes_and_one_of_another_type_fails(
     report = run(base, files, tmp_path / "other_run", gguf=other)
     assert gates(report)["gguf_blocks"] == "failed"
     assert report["validate"]["what"] == "gguf"
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma3_multimodal"], indirect=True)
+def test_a_gguf_is_judged_against_a_multimodal_base(
+    tiny_multimodal_folder: Path, files: dict[str, Path], tmp_path: Path
+):
+    on_grid_folder(tiny_multimodal_folder, tmp_path / "base")
+    adapted = adapted_model(tmp_path / "base", seed=None)
+    exported = candidate_of(adapted, tmp_path / "export")
+    report = run(tmp_path / "base", files, tmp_path / "run", gguf=exported.path)
+    assert gates(report)["gguf_blocks"] == "passed"
+    (found,) = report["validate"]["types"]
+    assert (found["exact_share"], found["relative_error"]) == (1, 0)
+
+
+@pytest.mark.llama_cpp
+def test_every_type_is_measured_on_a_multimodal_checkpoint(tiny_multimodal_folder: Path):
+    source = find_source(BaseConfig(path=str(tiny_multimodal_folder), name="tiny"))
+    layout = find_layout(source, BaseConfig())
+    inspection = inspect_checkpoint(source, layout.trained, torch.device("cpu"))
+    found = {each.type: each for each in damage_by_type(source, layout, inspection)}
+    assert list(found) == [BY_LLAMA_CPP, BY_GRID, "Q8_0", "Q4_K_M", "Q6_K"]
+    for name in ("Q4_K_M", "Q6_K"):
+        assert 1e-4 < found[name].relative_error < 0.2
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma3_multimodal"], indirect=True)
+def test_a_stray_head_is_left_out_by_the_name_it_has_in_the_file(
+    tiny_multimodal_folder: Path, tmp_path: Path
+):
+    folder = edited_folder(tiny_multimodal_folder, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["language_model.model.embed_tokens.weight"]
+    edit_tensors(folder, {"language_model.lm_head.weight": embeddings.clone()})
+    source = find_source(BaseConfig(path=str(folder), name="tiny"))
+    assert "lm_head.weight" in source.files
+    layout = find_layout(source, BaseConfig())
+    inspection = inspect_checkpoint(source, layout.trained, torch.device("cpu"))
+    assert damage_by_type(source, layout, inspection)[-1].type == "Q6_K"
 
 
 @pytest.mark.llama_cpp
