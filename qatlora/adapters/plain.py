@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from qatlora.adapters.model import GridModel
 from qatlora.base.load import load_plain
 from qatlora.base.others import deploy_others
+from qatlora.base.plain import put_weight
 from qatlora.grid import decode
 
 
@@ -23,13 +24,7 @@ def deployed_model(adapted: GridModel, other_type: str, device: torch.device) ->
     """
     model = load_plain(adapted.base.source.folder, device, torch.float32)
     for name, blocks in adapted.deployed():
-        bias = model.get_submodule(name).bias
-        weight = decode(blocks, torch.float32).to(device)
-        with torch.device("meta"):  # of an NF4 build the layer is no nn.Linear, so all are made new
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.register_parameter("bias", bias)  # type: ignore[arg-type]
-        model.set_submodule(name, linear)
+        put_weight(model, name, decode(blocks, torch.float32).to(device))
     nn.Module.float(
         model
     )  # the rest of an NF4 build comes in bf16; transformers' own float refuses

@@ -7,14 +7,15 @@ packed linears is ever made: the largest thing in memory besides the model is on
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qatlora.base.assemble import empty_model, fill_model
 from qatlora.base.layout import plain_config
+from qatlora.base.plain import put_blocks
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
-from qatlora.grid import Q4Blocks, decode, unpack
+from qatlora.grid import Q4Blocks, unpack
 
 
 def packed_blocks(source: Source, name: str, device: torch.device) -> Q4Blocks:
@@ -57,9 +58,8 @@ def model_without_packed(
 def model_unpacked(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The same model with every packed linear decoded to `dtype`: as plain transformers has it."""
     model = model_without_packed(source, device, dtype)
-    for name in source.packed_modules:
-        weight = decode(packed_blocks(source, name, device), dtype)
-        model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    blocks = ((name, packed_blocks(source, name, device)) for name in source.packed_modules)
+    put_blocks(model, blocks, dtype)
     return model
 
 

@@ -5,12 +5,12 @@ and not how some kernel multiplies by them. A model that runs elsewhere (in llam
 none of this: it only has to leave `TokenScores` of the same tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import gguf
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.saved import load_adapter, read_identity
@@ -18,6 +18,7 @@ from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
 from qatlora.base.others import deploy_others
 from qatlora.base.packed import packed_blocks
+from qatlora.base.plain import put_blocks, put_weight
 from qatlora.base.source import Source
 from qatlora.base.stores import dequantized_nf4
 from qatlora.config import Storage, StorageConfig
@@ -94,16 +95,14 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     if place.storage == "nf4" or source.nf4_modules:
         model = load_nf4(source, layout, settings.device)
         for name in layout.nf4:
-            linear = model.get_submodule(name)
-            weight = dequantized_nf4(linear.weight)
-            model.set_submodule(name, _plain_linear(weight, linear.bias))
+            put_weight(model, name, dequantized_nf4(model.get_submodule(name).weight))
         return model.to(settings.dtype) if settings.dtype == torch.float32 else model
     model = load_plain(source.folder, settings.device, settings.dtype)
     is_stored_so = place.storage == "q4_0" and bool(source.packed_modules)
     if place.storage in _ENCODERS and not is_stored_so:
         encode = _ENCODERS[place.storage]
         blocks = ((name, encode(_weight(source, name, settings.device))) for name in layout.grid)
-        _put_blocks(model, blocks)
+        put_blocks(model, blocks, settings.dtype)
     return model
 
 
@@ -124,23 +123,10 @@ def _before_and_after(
     model = _checkpoint(Checkpoint(source, layout, None), settings)
     deploy_others(model, layout.grid, settings.other_type)
     num_bytes = _deployed_bytes(model, place.base, settings.other_type)
-    _put_blocks(model, adapted.base_blocks())
+    put_blocks(model, adapted.base_blocks(), settings.dtype)
     yield LoadedModel(BEFORE, model, num_bytes)
-    _put_blocks(model, adapted.deployed())
+    put_blocks(model, adapted.deployed(), settings.dtype)
     yield LoadedModel("", model, num_bytes)
-
-
-def _plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = bias
-    return linear
-
-
-def _put_blocks(model: PreTrainedModel, blocks: Iterable[tuple[str, Q4Blocks]]) -> None:
-    for name, of_layer in blocks:
-        weight = model.get_submodule(name).weight
-        weight.data = decode(of_layer, weight.dtype)
 
 
 def _checkpoint_bytes(place: Checkpoint) -> int:

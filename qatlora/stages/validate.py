@@ -15,6 +15,7 @@ from qatlora.base.load import load_plain
 from qatlora.base.names import text_model_name
 from qatlora.base.on_grid import on_grid_share
 from qatlora.base.others import deploy_others
+from qatlora.base.plain import put_blocks
 from qatlora.base.source import Source, read_source
 from qatlora.errors import GuardFailed
 from qatlora.evaluate import mean_difference
@@ -32,7 +33,7 @@ from qatlora.report.results_validate import (
     ValidateResult,
 )
 from qatlora.state import Run
-from qatlora.validation.exports import by_grid, by_llama_cpp, put_blocks
+from qatlora.validation.exports import by_grid, by_llama_cpp
 from qatlora.validation.gates import (
     EffectFigures,
     deciding_share,
@@ -138,7 +139,7 @@ def _measure_merge(state: Run, merged: Source) -> GateResult:
     model = load_plain(merged.folder, state.device, torch.bfloat16)
     _measure_reference(state, "merged", model)
     for name, make in _EXPORTS.items():
-        put_blocks(model, make(merged, state.layout.grid, state.device))
+        put_blocks(model, make(merged, state.layout.grid, state.device), torch.bfloat16)
         deploy_others(model, state.layout.grid, state.cfg.export.other_type.name)
         _measure(state, name, model)
     del model

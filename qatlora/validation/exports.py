@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
 
 from qatlora.base.source import Source
-from qatlora.grid import Q4Blocks, decode, encode_reference, recover
+from qatlora.grid import Q4Blocks, encode_reference, recover
 
 NamedBlocks = Iterator[tuple[str, Q4Blocks]]
 
@@ -21,12 +20,3 @@ def by_grid(source: Source, names: Iterable[str], device: torch.device) -> Named
     """Blocks as qatlora makes them: recovered where a block lies on a grid, else searched."""
     for name in names:
         yield name, recover(source.tensor(f"{name}.weight").to(device)).blocks
-
-
-@torch.no_grad()
-def put_blocks(model: nn.Module, blocks: Iterable[tuple[str, Q4Blocks]]) -> None:
-    """Let the linears of a plain model be these blocks."""
-    for name, value in blocks:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weight.copy_(decode(value, torch.float32))

@@ -105,7 +105,7 @@ def test_packed_linears_are_never_decoded_while_loading(
     def decodes(*_: object) -> None:
         raise AssertionError("a dense copy was made")
 
-    monkeypatch.setattr("qatlora.base.packed.decode", decodes)
+    monkeypatch.setattr("qatlora.base.plain.decode", decodes)
     monkeypatch.setattr("qatlora.base.grids.decode", decodes)
     assert len(loaded(pair[1]).grid) == NUM_LINEARS
 
