@@ -21,7 +21,8 @@ def preview_run(tiny_gemma3_folder, tmp_path, monkeypatch) -> tuple[RunReport, P
     def refuse(*arguments: object) -> None:
         raise AssertionError(f"called with {arguments}")
 
-    for function in ("check_converter", "load_data", "load_base"):
+    monkeypatch.setattr("qatlora.stages.preflight.check_converter", refuse)
+    for function in ("load_data", "load_base"):
         monkeypatch.setattr(pipeline, function, refuse)
     monkeypatch.setattr("qatlora.base.source.Source.tensor", refuse)
     cfg = settings(tiny_gemma3_folder, write_data(tmp_path), tmp_path / "run")
