@@ -106,7 +106,9 @@ def test_neither_tokenizer_nor_converter_nor_data_is_needed(
     def refuse(*arguments: object) -> None:
         raise AssertionError(f"called with {arguments}")
 
-    for function in ("check_converter", "load_tokenizer", "load_data", "load_base"):
+    for function in ("check_converter", "load_tokenizer"):
+        monkeypatch.setattr(f"qatlora.stages.preflight.{function}", refuse)
+    for function in ("load_data", "load_base"):
         monkeypatch.setattr(pipeline, function, refuse)
     run(settings(bare, tmp_path / "run"))
 
