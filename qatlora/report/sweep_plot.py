@@ -62,7 +62,14 @@ def _draw(
         axis.set_xlabel("nats per token")
     else:
         axis.set(xlabel="perplexity", xscale="log")  # a trained run may have a hundredth
+        axis.xaxis.set_major_formatter(_plain_number)
+        axis.xaxis.set_minor_formatter(_plain_number)
     axis.set_title(title)
+
+
+def _plain_number(value: float, _: int) -> str:
+    """120 where a logarithmic axis would write a power of ten, too wide for ticks that are near."""
+    return f"{value:g}"
 
 
 def _label(run: SweepRun) -> str:

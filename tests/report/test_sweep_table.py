@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from qatlora.report.results_sweep import SweepFigures, SweepResult, SweepRun
+from qatlora.report.sweep_plot import sweep_figure
 from qatlora.report.sweep_table import to_console, to_csv, to_markdown, write_sweep
 
 BASE = SweepFigures(14.9, 0.41, 26.2, 0.29)
@@ -74,3 +75,11 @@ def test_a_sweep_without_figures_has_no_plot_and_leaves_none_behind(result, tmp_
     bare = [replace(one, base=NONE, final=NONE) for one in result.runs]
     write_sweep(replace(result, runs=bare))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.md"]
+
+
+def test_the_axis_of_perplexities_has_plain_numbers(result):
+    axis, _ = sweep_figure(result).axes
+    axis.figure.canvas.draw()
+    ticks = axis.get_xticklabels(which="both")
+    assert all(not tick.get_text() or float(tick.get_text()) > 0 for tick in ticks)
+    assert any(tick.get_text() for tick in ticks)
