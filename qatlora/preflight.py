@@ -15,6 +15,7 @@ import torch
 
 from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
+from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
 from qatlora.benchmark.methods import chosen_methods
 from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
 from qatlora.distill import LossSettings
@@ -23,10 +24,8 @@ from qatlora.errors import ResourceError
 from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
     BF16_BYTES,
-    CODE_BITS,
     FP32_BYTES,
     LATENT_BYTES,
-    STEP_BITS,
     Job,
     footprint,
 )
@@ -106,7 +105,7 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         memory += _IMPORTED_LIBRARIES_BYTES
     others = layout.num_parameters - layout.num_grid_weights
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
-    disk = 2 * (layout.num_grid_weights * 4.5 / 8 + others * BF16_BYTES)
+    disk = 2 * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
     disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES

@@ -29,6 +29,15 @@ from qatlora.grid import (
 _TILE_WEIGHTS = {"cpu": 1 << 18}
 _TILE_WEIGHTS_ELSEWHERE = 1 << 22
 
+STEP_BITS = 16 / BLOCK_SIZE
+"""Bits per weight of the fp16 steps, which every storage keeps."""
+
+# NF4 with double quant: an 8-bit scale per 64 weights, and an fp32 one per 256 of those.
+CODE_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "q4_0": 4.0, "bf16": 16.0}
+"""Storage -> bits per weight beside its steps."""
+
+Q4_0_BITS = CODE_BITS["q4_0"] + STEP_BITS
+
 LatentReader = Callable[[Tensor, Tensor], Tensor]
 """From stored rows and their steps to latent levels [rows, in] in a new tensor: int8 or float32."""
 

@@ -20,7 +20,7 @@ from qatlora.base.others import deploy_others
 from qatlora.base.packed import packed_blocks
 from qatlora.base.plain import put_blocks, put_weight
 from qatlora.base.source import Source
-from qatlora.base.stores import dequantized_nf4
+from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
 from qatlora.grid import Q4Blocks, decode, encode_reference, recover
@@ -33,9 +33,8 @@ _ENCODERS: dict[str, Callable[[Tensor], Q4Blocks]] = {
     "q4_0": lambda weight: recover(weight).blocks,
     "q4_0_reference": encode_reference,
 }
-_Q4_0_BITS = 4.5
-# NF4 with double quant: 4 bits, an absmax of 8 bits per 64, and one of 32 bits per 256 of those.
-_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "q4_0": _Q4_0_BITS, "q4_0_reference": _Q4_0_BITS}
+# As shipped: an NF4 file in the public layout has no steps.
+_BITS = {"nf4": CODE_BITS["nf4"], "q4_0": Q4_0_BITS, "q4_0_reference": Q4_0_BITS}
 _BF16_BITS = 16
 
 
@@ -147,5 +146,5 @@ def _deployed_bytes(model: PreTrainedModel, base: Checkpoint, other_type: str) -
     layout = base.layout
     rest = layout.num_parameters - layout.num_grid_weights - embeddings
     return round(
-        layout.num_grid_weights * _Q4_0_BITS / 8 + embeddings * block_bytes / block_size + rest * 4
+        layout.num_grid_weights * Q4_0_BITS / 8 + embeddings * block_bytes / block_size + rest * 4
     )

@@ -12,14 +12,12 @@ come. Fragmentation and the caches of an allocator are not counted.
 import dataclasses
 from dataclasses import dataclass
 
+from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
 from qatlora.distill import LossSettings
 from qatlora.plan.shape import ModelShape, num_weights
 
 BF16_BYTES = 2
 FP32_BYTES = 4
-STEP_BITS = 16 / 32  # an fp16 step per block
-# NF4 with double quant: an 8-bit scale per 64 weights, and an fp32 one per 256 of those.
-CODE_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "q4_0": 4.0, "bf16": 16.0}
 # Where a trained layer keeps its blocks until the backward pass: int8 levels and their steps.
 _KEPT_BLOCK_BITS = 8 + STEP_BITS
 # Of a trained weight: itself, its gradient and two moments.
@@ -147,7 +145,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     workspace = max(map(_area, shape.grid)) * _WORKSPACE_BYTES_PER_WEIGHT + _TILE_BYTES
     one_layer = max(shape.kept.layers)  # its gradients, while the backward pass is in it
     dense_text = shape.num_text_parameters * BF16_BYTES
-    packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - 4.5 / 8)
+    packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - Q4_0_BITS / 8)
     result = Footprint(
         weights=weights,
         steps=shape.num_grid_weights * STEP_BITS / 8,

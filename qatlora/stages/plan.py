@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from qatlora.base.layout import plain_config, require_dense
 from qatlora.base.published import published_config
 from qatlora.base.source import find_source
+from qatlora.base.stores import Q4_0_BITS
 from qatlora.config import AdapterKind, BaseConfig, RootConfig, Storage
 from qatlora.plan.choose import longest_row, recommend
 from qatlora.plan.footprint import Job, footprint
@@ -19,7 +20,6 @@ from qatlora.state import Run
 
 _PEAKS = ("load", "train", "evaluate", "export")
 _TEACHERS = ("memory", "none")
-_Q4_0_BITS = 4.5
 
 
 def plan(state: Run) -> None:
@@ -31,7 +31,7 @@ def plan(state: Run) -> None:
     job = dataclasses.replace(planned_job(cfg), trains=True, loads_dense=False)
     state.plan = PlanResult(
         bf16_bytes=2 * shape.num_parameters,
-        q4_0_bytes=shape.num_text_parameters * _Q4_0_BITS / 8,
+        q4_0_bytes=shape.num_text_parameters * Q4_0_BITS / 8,
         micro_batch_tokens=job.tokens,
         storages=[_planned(shape, dataclasses.replace(job, storage=s.name)) for s in Storage],
         gpu_gb=list(cfg.plan.gpu_sizes_gb),
