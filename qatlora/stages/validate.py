@@ -141,9 +141,9 @@ def _measure_merge(state: Run, merged: Source) -> GateResult:
     for name, make in _EXPORTS.items():
         put_blocks(model, make(merged, state.layout.grid, state.device), torch.bfloat16)
         deploy_others(model, state.layout.grid, state.cfg.export.other_type.name)
-        _measure(state, name, model)
+        state.measure(name, model)
     del model
-    _measure(state, "base", load_plain(state.source.folder, state.device, torch.bfloat16))
+    state.measure("base", load_plain(state.source.folder, state.device, torch.bfloat16))
     kept = {name: _kept(state, name) for name in _EXPORTS}
     state.validation = dataclasses.replace(state.validation, kept=kept)
     return effect_gate(kept[BY_LLAMA_CPP], kept[BY_GRID], state.cfg.validate)
@@ -173,7 +173,7 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
         del model
     path = Path(state.cfg.validate.gguf)
     model = model_from_gguf(path, plain_config(checkpoint.folder), torch.bfloat16)
-    _measure(state, GGUF, model.to(state.device))
+    state.measure(GGUF, model.to(state.device))
     kld = state.evaluation.kld(GGUF, "general")
     assert kld is not None
     share = state.inspection.on_grid_share if state.inspection else base_share
@@ -190,15 +190,8 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
 
 def _measure_reference(state: Run, name: str, model: PreTrainedModel) -> None:
     """Measure the model that all others are compared with, and keep its states for that."""
-    evaluation = state.evaluation
-    with state.bar(f"evaluate {name}", evaluation.num_tokens, "tokens") as advance:
-        evaluation.measure(name, model, advance, keep=True)
-    evaluation.teacher = evaluation.states.pop(name)
-
-
-def _measure(state: Run, name: str, model: PreTrainedModel) -> None:
-    with state.bar(f"evaluate {name}", state.evaluation.num_tokens, "tokens") as advance:
-        state.evaluation.measure(name, model, advance)
+    state.measure(name, model, keep=True)
+    state.evaluation.teacher = state.evaluation.states.pop(name)
 
 
 def _better_command(state: Run) -> str | None:
