@@ -69,7 +69,6 @@ class Run:
     validation: ValidateResult | None = None
     benchmark: BenchmarkResult | None = None
     plan: PlanResult | None = None
-    planned_base: BaseResult | None = None  # what was planned for, where nothing is loaded
     comparisons: list[Comparison] = field(default_factory=list)
     measured: list[Text] = field(default_factory=list)  # what these are compared on
     data_notes: dict[str, Any] = field(default_factory=dict)  # of those texts
@@ -169,9 +168,8 @@ def _base_result(state: Run) -> BaseResult:
         return BaseResult(
             base.name, base.storage, base.num_parameters, base.on_grid_share, base.digest
         )
-    counted = state.base_result or state.planned_base
-    if counted is not None:
-        return counted
+    if state.base_result is not None:
+        return state.base_result
     share = state.inspection.on_grid_share if state.inspection else None
     return BaseResult(state.source.name, None, state.layout.num_parameters, share, None)
 

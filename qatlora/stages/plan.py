@@ -38,7 +38,7 @@ def plan(state: Run) -> None:
         fits=list(_fits(cfg, shape, job)),
         recommended=_recommended(cfg, shape, job),
     )
-    state.planned_base = BaseResult(str(cfg.base.name), None, shape.num_parameters, None, None)
+    state.base_result = BaseResult(str(cfg.base.name), None, shape.num_parameters, None, None)
 
 
 def _config(base: BaseConfig) -> PreTrainedConfig:
