@@ -161,11 +161,11 @@ def _estimate_fidelity(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """One model at a time, beside the head of its reference, the states and a batch at work."""
-    settings, text = cfg.fidelity, source.config.get("text_config", source.config)
+    settings = cfg.fidelity
     value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
     num_tokens = len(settings.texts) * settings.tokens_per_text
-    head_weights = int(text["hidden_size"]) * int(text["vocab_size"])
-    states = num_tokens * int(text["hidden_size"]) * value_bytes
+    head_weights = source.num_head_weights
+    states = num_tokens * int(source.text_config["hidden_size"]) * value_bytes
     model = layout.num_parameters * (value_bytes + BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
     decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
@@ -196,10 +196,7 @@ def _estimate_validate(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """One model after the other: in bf16, and in fp32 where an adapter is merged or types read."""
-    text = source.config.get("text_config", source.config)
-    decoder = 2.0 * layout.num_grid_weights + 2.0 * int(text["hidden_size"]) * int(
-        text["vocab_size"]
-    )
+    decoder = 2.0 * (layout.num_grid_weights + source.num_head_weights)
     tokens = 2 * _VALIDATED_MODELS * cfg.data.eval_tokens  # of two texts
     memory = _IMPORTED_LIBRARIES_BYTES + layout.num_parameters * (FP32_BYTES + BF16_BYTES)
     disk = layout.num_parameters * (2 * BF16_BYTES + 1)  # in the temporary folder

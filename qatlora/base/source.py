@@ -58,9 +58,20 @@ class Source:
         return str(self.config["model_type"])
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """config.json, of a multimodal model the part of its decoder."""
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return text
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the output layer, padding included."""
-        return int(self.config.get("text_config", self.config)["vocab_size"])
+        return int(self.text_config["vocab_size"])
+
+    @property
+    def num_head_weights(self) -> int:
+        """Weights of the output layer, tied or not."""
+        return self.vocab_size * int(self.text_config["hidden_size"])
 
     @property
     def weight_bytes(self) -> int:
