@@ -26,15 +26,20 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def count() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def require_one(recipe: str) -> None:
     """Refuse several processes for a recipe without training.
 
     Raises:
         ConfigError: there are several.
     """
-    if _number() > 1:
+    if count() > 1:
         raise ConfigError(
-            f"recipe={recipe} in {_number()} processes: they share the training, and this recipe "
+            f"recipe={recipe} in {count()} processes: they share the training, and this recipe "
             "does not train. Start it without torchrun."
         )
 
@@ -46,7 +51,7 @@ def joined(device: str) -> Iterator[None]:
     Args:
         device: the setting train.device; each process takes the GPU of its local rank.
     """
-    if _number() == 1:
+    if count() == 1:
         yield
         return
     on_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -80,10 +85,6 @@ def largest(number: int) -> int:
     value = torch.tensor(number, device=PartialState().device)
     distributed.all_reduce(value, distributed.ReduceOp.MAX)
     return int(value)
-
-
-def _number() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _wait() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from qatlora import files
+from qatlora import files, processes
 from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.errors import ConfigError
 from qatlora.memory import peak_rss_bytes
-from qatlora.processes import first_before_rest
 from qatlora.report.results import TrainPoint, TrainResult
 from qatlora.train import checkpoints
 from qatlora.train.interruption import Interruption
@@ -75,7 +73,9 @@ def train(
         TrainError: a loss or gradient that is not finite; the last checkpoint stays.
         Interrupted: SIGINT or SIGTERM; a checkpoint was written.
     """
-    checkpoint = first_before_rest(lambda: checkpoints.begin(run_dir, resume=settings.resume))
+    checkpoint = processes.first_before_rest(
+        lambda: checkpoints.begin(run_dir, resume=settings.resume)
+    )
     adapted.keep_blocks(settings.keep_blocks)
     log = StepLog(run_dir / "train_log.jsonl", resume=checkpoint is not None, on_step=on_step)
     interruption = Interruption()
@@ -150,7 +150,7 @@ def fit_to_processes(settings: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a step's rows cannot be shared out evenly.
     """
-    share = settings.rows_per_step // int(os.environ.get("WORLD_SIZE", "1"))
+    share = settings.rows_per_step // processes.count()
     rows = min(settings.micro_batch_rows, max(1, share))
     fitted = dataclasses.replace(settings, micro_batch_rows=rows)
     _micro_batches_per_process(fitted)
@@ -159,7 +159,7 @@ def fit_to_processes(settings: TrainConfig) -> TrainConfig:
 
 def _micro_batches_per_process(settings: TrainConfig) -> int:
     """Of a step; `rows_per_step` are those of all processes that torchrun has started."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = processes.count()
     each, rest = divmod(settings.rows_per_step, settings.micro_batch_rows * num_processes)
     if rest:
         raise ConfigError(
