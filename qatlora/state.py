@@ -20,7 +20,7 @@ from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
 from qatlora.distill import TeacherCache
-from qatlora.evaluate import KldSummary
+from qatlora.evaluate import KldStatistics
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.fidelity.plan import Comparison
@@ -100,7 +100,9 @@ class Run:
         """A progress bar for a long part of a stage."""
         return progress.stage(name, total, unit, bars=self.cfg.logging.progress_bars)
 
-    def measure(self, name: str, model: torch.nn.Module, **options: Any) -> dict[str, KldSummary]:
+    def measure(
+        self, name: str, model: torch.nn.Module, **options: Any
+    ) -> dict[str, KldStatistics]:
         """`Evaluation.measure` under a progress bar."""
         with self.bar(f"evaluate {name}", self.evaluation.num_tokens, "tokens") as advance:
             return self.evaluation.measure(name, model, advance, **options)

@@ -8,7 +8,7 @@ from qatlora.evaluate.states import (
     reference_states,
 )
 from qatlora.evaluate.statistics import (
-    KldSummary,
+    KldStatistics,
     Mean,
     PerplexityRatio,
     TextScores,
@@ -20,7 +20,7 @@ from qatlora.evaluate.statistics import (
 from qatlora.evaluate.text import evaluate_text
 
 __all__ = [
-    "KldSummary",
+    "KldStatistics",
     "Mean",
     "PerplexityRatio",
     "Reference",

@@ -15,7 +15,7 @@ from qatlora.evaluate.states import (
     StatesBatch,
     reference_states,
 )
-from qatlora.evaluate.statistics import KldSummary, summarize
+from qatlora.evaluate.statistics import KldStatistics, summarize
 from qatlora.evaluate.text import evaluate_text
 from qatlora.report.results import KLD_BIN_EDGES, KldFigures, TextResult
 
@@ -76,7 +76,7 @@ class Evaluation:
         *,
         keep: bool = False,
         against: str | None = None,
-    ) -> dict[str, KldSummary]:
+    ) -> dict[str, KldStatistics]:
         """Score a model under `name` on all texts against the teacher, in one pass.
 
         Args:
@@ -127,7 +127,7 @@ class Evaluation:
             largest.append(scores.kld.abs().max())
         return float(torch.stack(largest).max())  # unlike Python's max, NaN wins
 
-    def kld(self, model: str, text: str) -> KldSummary | None:
+    def kld(self, model: str, text: str) -> KldStatistics | None:
         """KLD of a measured model to the teacher; None without a teacher."""
         return summarize(self.scores[model][text]).kld
 
@@ -139,7 +139,7 @@ class Evaluation:
         }
 
 
-def _kld_of(scores: TokenScores) -> KldSummary:
+def _kld_of(scores: TokenScores) -> KldStatistics:
     kld = summarize(scores).kld
     assert kld is not None
     return kld

@@ -13,6 +13,7 @@ from torch import Tensor
 from qatlora.errors import DataError
 from qatlora.evaluate.scores import TokenScores
 from qatlora.llamacpp import kld_statistics
+from qatlora.report.results_fidelity import KldStatistics
 
 
 @dataclass(frozen=True)
@@ -21,31 +22,6 @@ class Mean:
 
     value: float
     stderr: float
-
-
-@dataclass(frozen=True)
-class KldSummary:
-    """KL(reference || model) over tokens, nats per token; shares and probabilities in 0..1.
-
-    Attributes:
-        mean, mean_stderr, median, p90, p95, p99, p999, max, min: of the divergence per token.
-        same_top, same_top_stderr: share of tokens with the same most probable word.
-        rms_dp, rms_dp_stderr: root mean square of P_model(token) - P_reference(token).
-    """
-
-    mean: float
-    mean_stderr: float
-    median: float
-    p90: float
-    p95: float
-    p99: float
-    p999: float
-    max: float
-    min: float
-    same_top: float
-    same_top_stderr: float
-    rms_dp: float
-    rms_dp_stderr: float
 
 
 @dataclass(frozen=True)
@@ -80,7 +56,7 @@ class TextScores:
     mean_nll: float
     nll_stderr: float
     perplexity: float
-    kld: KldSummary | None = None
+    kld: KldStatistics | None = None
     against: PerplexityRatio | None = None
 
     @property
@@ -135,12 +111,14 @@ def percentile(sorted_values: Tensor, fraction: float) -> float:
     return kld_statistics.percentile(sorted_values.numpy(), fraction)
 
 
-def _summarize_kld(kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Tensor) -> KldSummary:
+def _summarize_kld(
+    kld: Tensor, same_top: Tensor, nll: Tensor, reference_nll: Tensor
+) -> KldStatistics:
     mean, top = mean_of(kld), mean_of(same_top)
     ordered = kld.float().sort().values
     dp = torch.exp(-nll.double()) - torch.exp(-reference_nll.double())
     rms_dp, rms_dp_stderr = kld_statistics.root_mean_square(dp.numpy())
-    return KldSummary(
+    return KldStatistics(
         mean=mean.value,
         mean_stderr=mean.stderr,
         median=percentile(ordered, 0.5),

@@ -1,6 +1,5 @@
 """Scores per token as the figures of a report: statistics, course over the window, worst tokens."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qatlora.data.rows import IGNORED, Row, Text
 from qatlora.evaluate import TokenScores, mean_of, summarize
 from qatlora.evaluate.models import kld_histogram
-from qatlora.report.results_fidelity import FidelityText, KldStatistics, PositionMean, WorstToken
+from qatlora.report.results_fidelity import FidelityText, PositionMean, WorstToken
 
 _POSITION_BINS = 16
 _CONTEXT_TOKENS = 32
@@ -31,7 +30,7 @@ def text_figures(scores: TokenScores, rows: Sequence[Row], window_tokens: int) -
         reference_perplexity_stderr=summary.against.reference_stderr,
         ratio=summary.against.ratio,
         ratio_stderr=summary.against.ratio_stderr,
-        kld=KldStatistics(**dataclasses.asdict(summary.kld)),
+        kld=summary.kld,
         histogram=kld_histogram(scores.kld),
         by_position=_by_position(scores.kld, _places(rows)[:, 1], window_tokens),
     )

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from qatlora.config import Effect, GuardConfig
-from qatlora.evaluate import KldSummary, Mean
+from qatlora.evaluate import KldStatistics, Mean
 from qatlora.report.results import GateResult
 from qatlora.report.results_runtime import (
     CANDIDATE,
@@ -31,7 +31,7 @@ _EFFECTS = {
 
 
 def before_after_gates(
-    self_kld_max: float, roundtrip: dict[str, KldSummary], settings: GuardConfig
+    self_kld_max: float, roundtrip: dict[str, KldStatistics], settings: GuardConfig
 ) -> list[GateResult]:
     """KLD from the trained model to the one read back from the candidate, on every text.
 
@@ -102,7 +102,7 @@ def effect_gates(num_changed: int, improvement: Mean, settings: GuardConfig) -> 
 
 
 def drift_gate(
-    base: KldSummary | None, merged: KldSummary | None, settings: GuardConfig
+    base: KldStatistics | None, merged: KldStatistics | None, settings: GuardConfig
 ) -> GateResult:
     """KLD to the teacher on general text: merged minus base, within the budget."""
     limit = settings.drift_kld_increase_max_nats

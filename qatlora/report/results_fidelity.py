@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class KldStatistics:
     """KL(reference || model) over tokens, in nats per token, as llama-perplexity defines them.
 
-    `same_top` is a share; `rms_dp` the root mean square of the change of the token's probability.
+    `same_top` is the share of tokens with the same most probable word; `rms_dp` the root mean
+    square of P_model(token) - P_reference(token).
     """
 
     mean: float

@@ -1,7 +1,7 @@
 import pytest
 
 from qatlora.config import Effect, GuardConfig
-from qatlora.evaluate import KldSummary, Mean
+from qatlora.evaluate import KldStatistics, Mean
 from qatlora.guard.gates import (
     before_after_gates,
     drift_gate,
@@ -31,10 +31,10 @@ LIMITS = GuardConfig(
 )
 
 
-def kld(mean: float = 0.0, p99: float = 0.0, same_top: float = 1.0) -> KldSummary:
+def kld(mean: float = 0.0, p99: float = 0.0, same_top: float = 1.0) -> KldStatistics:
     rest = dict.fromkeys(("mean_stderr", "median", "p90", "p95", "p999", "max", "min"), 0.0)
     more = dict.fromkeys(("same_top_stderr", "rms_dp", "rms_dp_stderr"), 0.0)
-    return KldSummary(mean=mean, p99=p99, same_top=same_top, **rest, **more)
+    return KldStatistics(mean=mean, p99=p99, same_top=same_top, **rest, **more)
 
 
 def statuses(gates: list[GateResult]) -> dict[str, str]:
@@ -50,7 +50,7 @@ def statuses(gates: list[GateResult]) -> dict[str, str]:
     ],
 )
 def test_before_and_after_pass_at_the_limit_and_fail_beyond_it_on_any_text(
-    gate: str, at_the_limit: KldSummary, beyond: KldSummary
+    gate: str, at_the_limit: KldStatistics, beyond: KldStatistics
 ):
     passed = before_after_gates(0.0, {"task": at_the_limit, "general": at_the_limit}, LIMITS)
     assert set(statuses(passed).values()) == {"passed"}
