@@ -82,11 +82,12 @@ def run(cfg: RootConfig) -> RunReport:
         with claimed(state.run_dir):
             settings = plain(dataclasses.asdict(cfg))
             check_run_folder(state, settings)
-            files.write_json(state.run_dir / SETTINGS, settings)
             for name in cfg.stages:
                 start = time.monotonic()
                 STAGES[name](state)
                 state.times.append(StageTime(name, time.monotonic() - start))
+                if len(state.times) == 1:  # what the preflight refuses leaves the folder free
+                    files.write_json(state.run_dir / SETTINGS, settings)
             return report_of(state)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pipeline_cases import STAGES
 
+from qatlora import pipeline
 from qatlora.config import RootConfig
-from qatlora.errors import ConfigError, RunFolderError
+from qatlora.errors import CheckpointError, ConfigError, RunFolderError
 from qatlora.report.json_report import plain
 from qatlora.stages.resume import SETTINGS, check_run_folder
 from qatlora.state import Run
@@ -52,6 +53,14 @@ def test_settings_of_training_are_not_replaced_by_those_of_its_recipe_without(ru
         check(run)
     (run.run_dir / SETTINGS).write_text(json.dumps(plain(dataclasses.asdict(run.cfg))))
     check(run)
+
+
+def test_a_run_that_the_preflight_refuses_leaves_the_folder_to_others(tmp_path: Path) -> None:
+    cfg = RootConfig(stages=["preflight", "inspect"], run_dir=str(tmp_path / "run"))
+    cfg.base.path = str(tmp_path)
+    with pytest.raises(CheckpointError, match="no config.json"):
+        pipeline.run(cfg)
+    assert not (tmp_path / "run" / SETTINGS).exists()
 
 
 def test_a_config_of_a_checkpoint_is_not_written_over(run: Run) -> None:
