@@ -126,8 +126,7 @@ def embedded_base(name: str, chat_template: str | None = None) -> Path:
             "another model give base.path=FOLDER or base.path=FILE.gguf."
         )
     base = EMBEDDED_BASES[name]
-    target = cache_folder() / "bases" / f"{name}-{base.version}-{_FORMAT}"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _bases_folder() / f"{name}-{base.version}-{_FORMAT}"
     with filelock.FileLock(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             with assembled(base) as gguf:
@@ -135,11 +134,17 @@ def embedded_base(name: str, chat_template: str | None = None) -> Path:
     return target
 
 
+def _bases_folder() -> Path:
+    folder = cache_folder() / "bases"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def assembled(base: EmbeddedBase) -> Iterator[Path]:
     """The GGUF file of `base`; one made of parts exists only inside the `with`."""
     parts = [registry.locate(package) / path for package, path in base.parts]
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=cache_folder() / "bases") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=_bases_folder()) as scratch:
         gguf = parts[0]
         if len(parts) > 1:
             gguf = Path(scratch) / "model.gguf"

