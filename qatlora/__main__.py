@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qatlora.config import RootConfig, to_dataclasses
-from qatlora.config_rules import validate
+from qatlora.config.rules import validate
 from qatlora.errors import ConfigError, Interrupted, QatloraError, SweepFailed, closest
 from qatlora.interrupts import handled, interrupt
 from qatlora.paths import shipped

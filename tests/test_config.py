@@ -21,7 +21,7 @@ from qatlora.config import (
     Trained,
     to_dataclasses,
 )
-from qatlora.config_rules import validate
+from qatlora.config.rules import validate
 from qatlora.errors import ConfigError
 from qatlora.paths import shipped
 

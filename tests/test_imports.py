@@ -27,11 +27,8 @@ MAY_IMPORT = {
     "processes": set(),
     "grid": set(),
     "llamacpp": {"registry"},
-    "config": set(),
+    "config": {"model_spec"},
     "model_spec": set(),
-    "config_chats": {"config"},
-    "config_teacher_rules": {"config"},
-    "config_rules": {"config", "config_chats", "config_teacher_rules", "model_spec"},
     "base": {"config", "grid", "llamacpp", "registry", "progress"},
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
@@ -82,14 +79,11 @@ MAY_IMPORT = {
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "sweep": set(),
-    "__main__": {"config", "config_rules", "interrupts", "pipeline", "quiet", "report", "sweep"},
+    "__main__": {"config", "interrupts", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-ROOT_CONFIG = {
-    "config", "config_rules", "config_teacher_rules", "preflight", "stages", "state", "pipeline",
-    "__main__",
-}  # fmt: skip
+ROOT_CONFIG = {"config", "preflight", "stages", "state", "pipeline", "__main__"}
 """Who may see all settings at once."""
 
 WITHOUT_TORCH = (
@@ -98,11 +92,8 @@ WITHOUT_TORCH = (
     "paths",
     "registry",
     "config",
-    "config_chats",
     "model_spec",
-    "config_rules",
     "interrupts",
-    "config_teacher_rules",
     "sweep",
     "__main__",
 )

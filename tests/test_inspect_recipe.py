@@ -13,7 +13,7 @@ from rich.console import Console
 
 from qatlora import pipeline
 from qatlora.config import RootConfig
-from qatlora.config_rules import validate
+from qatlora.config.rules import validate
 from qatlora.errors import CheckpointError, ConfigError
 from qatlora.paths import shipped
 from qatlora.report.console import to_console

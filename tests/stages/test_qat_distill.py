@@ -17,7 +17,7 @@ from qatlora.config import (
     TeacherKind,
     Trained,
 )
-from qatlora.config_rules import validate
+from qatlora.config.rules import validate
 from qatlora.errors import ConfigError, GuardFailed, TrainError
 from qatlora.report.json_report import load_schema
 

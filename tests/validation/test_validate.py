@@ -27,7 +27,7 @@ from qatlora.adapters.attach import attach
 from qatlora.base.layout import find_layout
 from qatlora.base.source import find_source
 from qatlora.config import BaseConfig, ExportConfig, OtherType, RootConfig, ValidateConfig
-from qatlora.config_rules import validate as check_rules
+from qatlora.config.rules import validate as check_rules
 from qatlora.data.templates import strip_generation_markers
 from qatlora.errors import AdapterError, ConfigError, GuardFailed
 from qatlora.evaluate import Mean

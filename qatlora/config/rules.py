@@ -25,8 +25,8 @@ from qatlora.config import (
     Trained,
     ValidateConfig,
 )
-from qatlora.config_chats import check_chat_source
-from qatlora.config_teacher_rules import check_losses, check_teacher
+from qatlora.config.chat_rules import check_chat_source
+from qatlora.config.teacher_rules import check_losses, check_teacher
 from qatlora.errors import ConfigError, closest
 from qatlora.model_spec import parse_models
 

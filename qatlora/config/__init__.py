@@ -1,0 +1,100 @@
+"""The schema of every setting: what Hydra checks types against and what the rooms receive.
+
+`conf/config.yaml` starts from `RootConfig`, so an unknown key or a value of the wrong type fails
+while Hydra composes. `to_dataclasses` turns the composed config into plain dataclass objects and
+`config.rules.validate` checks what types cannot express. Units stand in the names.
+Nothing here imports torch: `--help` and a typo must be answered at once.
+"""
+
+from qatlora.config.choices import (
+    CHAT_SUFFIXES,
+    STAGES,
+    AdapterKind,
+    BenchmarkMethod,
+    BenchmarkSuite,
+    ChatFormat,
+    DataKind,
+    Dither,
+    DivergenceKind,
+    Effect,
+    GridBy,
+    LatentSteps,
+    LrScheduler,
+    OtherType,
+    Precision,
+    ReportTo,
+    Rounding,
+    Storage,
+    TeacherKind,
+    Trained,
+)
+from qatlora.config.compose import settle_base, to_dataclasses
+from qatlora.config.recipes import (
+    BenchmarkConfig,
+    BuildConfig,
+    FidelityConfig,
+    InspectConfig,
+    PlanConfig,
+    PreviewConfig,
+    ValidateConfig,
+)
+from qatlora.config.run import (
+    AdapterConfig,
+    BaseConfig,
+    CardConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GuardConfig,
+    LoggingConfig,
+    StorageConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from qatlora.config.schema import RootConfig
+
+__all__ = [
+    "CHAT_SUFFIXES",
+    "STAGES",
+    "AdapterConfig",
+    "AdapterKind",
+    "BaseConfig",
+    "BenchmarkConfig",
+    "BenchmarkMethod",
+    "BenchmarkSuite",
+    "BuildConfig",
+    "CardConfig",
+    "ChatFormat",
+    "DataConfig",
+    "DataKind",
+    "DistillConfig",
+    "Dither",
+    "DivergenceKind",
+    "Effect",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FidelityConfig",
+    "GridBy",
+    "GuardConfig",
+    "InspectConfig",
+    "LatentSteps",
+    "LoggingConfig",
+    "LrScheduler",
+    "OtherType",
+    "PlanConfig",
+    "Precision",
+    "PreviewConfig",
+    "ReportTo",
+    "RootConfig",
+    "Rounding",
+    "Storage",
+    "StorageConfig",
+    "TeacherConfig",
+    "TeacherKind",
+    "TrainConfig",
+    "Trained",
+    "ValidateConfig",
+    "settle_base",
+    "to_dataclasses",
+]

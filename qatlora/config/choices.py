@@ -1,0 +1,187 @@
+"""The closed sets of values that settings take; enums are matched by NAME."""
+
+from enum import Enum
+
+STAGES = (
+    "preflight",
+    "plan",
+    "inspect",
+    "build",
+    "preview_data",
+    "load_data",
+    "teacher_cache",
+    "load_base",
+    "attach",
+    "evaluate_base",
+    "evaluate_reference",
+    "train",
+    "save_adapter",
+    "evaluate_trained",
+    "write_candidate",
+    "guard",
+    "publish",
+    "save_base",
+    "benchmark",
+    "validate",
+    "fidelity",
+    "report",
+    "decide",
+)
+"""Names of the pipeline's stages, in the only order in which they can run."""
+
+CHAT_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Files that data=files can read."""
+
+
+class Storage(Enum):
+    """How the base's trained layers are held in memory."""
+
+    nf4 = "nf4"
+    q4_0 = "q4_0"
+    bf16 = "bf16"
+
+
+class AdapterKind(Enum):
+    """What the adapter changes: the levels (lora), the steps, or both."""
+
+    lora = "lora"
+    steps = "steps"
+    both = "both"
+
+
+class Rounding(Enum):
+    """Steps of the merged weight: the base's (frozen) or llama.cpp's rule (reference)."""
+
+    frozen = "frozen"
+    reference = "reference"
+
+
+class Dither(Enum):
+    """Seeded dither of the levels; auto: where the base lies on a grid."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Precision(Enum):
+    """Arithmetic of the matrix products; auto: bf16 where the device is faster with it."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class DataKind(Enum):
+    """Where the conversations come from: embedded, JSONL, files by their suffix, or the hub."""
+
+    chitchat = "chitchat"
+    jsonl = "jsonl"
+    files = "files"
+    hub = "hub"
+
+
+class ChatFormat(Enum):
+    """How records hold a conversation; qatlora/data/formats.py says what each one is."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
+
+
+class TeacherKind(Enum):
+    """Whose output probabilities the student is held to; conf/teacher says what each one is."""
+
+    bf16 = "bf16"
+    self = "self"
+    cache = "cache"
+    none = "none"
+
+
+class DivergenceKind(Enum):
+    """What pulls the student q towards the teacher p."""
+
+    forward_kl = "forward_kl"
+    """KL(p || q): covers all the teacher does; Google's QAT recipe."""
+    reverse_kl = "reverse_kl"
+    """KL(q || p): prefers the teacher's modes."""
+    jsd = "jsd"
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: bounded."""
+
+
+class Trained(Enum):
+    """What training changes: low-rank adapters over a fixed base, or the base's weights."""
+
+    adapters = "adapters"
+    weights = "weights"
+
+
+class LatentSteps(Enum):
+    """Steps of trained weights: fixed at the start, llama.cpp's rule on them, or trained too."""
+
+    frozen = "frozen"
+    recomputed = "recomputed"
+    learned = "learned"
+
+
+class Effect(Enum):
+    """What a run must have improved: the held-out chats' loss, or the KLD to the teacher."""
+
+    task_loss = "task_loss"
+    teacher_kld = "teacher_kld"
+
+
+class LrScheduler(Enum):
+    """Course of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class OtherType(Enum):
+    """GGUF type of the tensors that are not Q4_0 (norms stay F32)."""
+
+    q8_0 = "q8_0"
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+class BenchmarkSuite(Enum):
+    """What is compared: step time and memory, or what the trained adapters keep."""
+
+    speed = "speed"
+    adapters = "adapters"
+
+
+class BenchmarkMethod(Enum):
+    """A method of the benchmark; qatlora/benchmark/methods.py says what each one is."""
+
+    peft_bf16 = "peft_bf16"
+    peft_nf4 = "peft_nf4"
+    reference_q4_0 = "reference_q4_0"
+    frozen_q4_0 = "frozen_q4_0"
+    lora_q4_0 = "lora_q4_0"
+    steps_q4_0 = "steps_q4_0"
+    both_q4_0 = "both_q4_0"
+    lora_nf4 = "lora_nf4"
+    steps_nf4 = "steps_nf4"
+    both_nf4 = "both_nf4"
+
+
+class GridBy(Enum):
+    """How a base that lies on no grid is put on one: searched steps, or llama.cpp's rule."""
+
+    search = "search"
+    reference = "reference"
+
+
+class ReportTo(Enum):
+    """Where the training log goes besides the run folder's own JSONL."""
+
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
