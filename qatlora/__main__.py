@@ -221,8 +221,10 @@ def _run_pipeline(cfg: DictConfig) -> None:
         with contextlib.suppress(OSError):
             output_dir.rmdir()  # Hydra makes it before it calls us; a typo should leave nothing
         raise
-    from qatlora.pipeline import run  # imports torch: only for a run that will take place
-
+    if settings.stages == ["doctor"]:  # also where the pipeline cannot be imported
+        from qatlora.doctor.run import run
+    else:
+        from qatlora.pipeline import run  # imports torch: only for a run that will take place
     run(settings)
 
 

@@ -3,6 +3,7 @@
 from enum import Enum
 
 STAGES = (
+    "doctor",
     "preflight",
     "plan",
     "inspect",

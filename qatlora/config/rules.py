@@ -127,6 +127,11 @@ def _check_stages(stages: list[str]) -> None:
             f"stages={stages}: stages run once each and only in the order {', '.join(STAGES)}. "
             "Reorder the list in the recipe."
         )
+    if "doctor" in stages and len(stages) > 1:
+        raise ConfigError(
+            f"stages={stages}: the doctor also looks at machines where no other stage can run, so "
+            "it runs alone. Use recipe=doctor as it is."
+        )
     if "publish" in stages and not {"write_candidate", "guard"} <= set(stages):
         raise ConfigError(
             f"stages={stages}: publish needs a candidate that has passed the guard. "

@@ -55,6 +55,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "benchmark": parts.pop("benchmark"),
         "plan": parts.pop("plan"),
         "fidelity": parts.pop("fidelity"),
+        "doctor": parts.pop("doctor"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

@@ -10,6 +10,7 @@ from typing import Any
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_doctor import DoctorResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
@@ -264,7 +265,7 @@ class RunReport:
     """Everything; parts that a recipe has no stage for are None or empty."""
 
     recipe: str
-    base: BaseResult
+    base: BaseResult | None  # None where none is looked at
     build: BuildResult | None = None
     teacher_cache: CacheResult | None = None
     adapter: AdapterResult | None = None
@@ -281,6 +282,7 @@ class RunReport:
     benchmark: BenchmarkResult | None = None
     plan: PlanResult | None = None
     fidelity: FidelityResult | None = None
+    doctor: DoctorResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

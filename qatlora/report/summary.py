@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qatlora.report.cache_text import cache_facts
+from qatlora.report.doctor_text import doctor_headline, remedies
 from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
@@ -39,6 +40,9 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.doctor is not None:
+        good = not report.doctor.missing
+        return Verdict(doctor_headline(report.doctor), good, remedies(report.doctor))
     if report.plan is not None:
         return Verdict(plan_headline(report.plan), None, [])
     if report.preview is not None:

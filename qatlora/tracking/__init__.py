@@ -1,0 +1,1 @@
+"""Where a run is followed besides its own folder: wandb, TensorBoard."""
