@@ -215,6 +215,7 @@ def _run_pipeline(cfg: DictConfig) -> None:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         cfg.run_dir = str(output_dir)  # of a sweep: the job's own folder
+        cfg.overrides = list(HydraConfig.get().overrides.task)
         settings = to_dataclasses(cfg)
         validate(settings)
     except ConfigError:

@@ -34,8 +34,6 @@ from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
-from qatlora.export.publish import publish
-from qatlora.guard.judge import permit
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.report.json_report import plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
@@ -48,6 +46,7 @@ from qatlora.stages.inspect import inspect
 from qatlora.stages.plan import plan
 from qatlora.stages.preflight import preflight
 from qatlora.stages.preview import preview_data
+from qatlora.stages.publish import publish
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.report import report
 from qatlora.stages.resume import SETTINGS, check_run_folder
@@ -60,6 +59,7 @@ from qatlora.stages.teacher import (
 from qatlora.stages.teacher_cache import teacher_cache
 from qatlora.stages.validate import decide, validate
 from qatlora.state import Run, dtype_of, report_of
+from qatlora.tracking import open_tracker
 from qatlora.train.objective import build_objective
 from qatlora.train.run import fit_to_processes, train
 
@@ -79,7 +79,7 @@ def run(cfg: RootConfig) -> RunReport:
         state = Run.start(cfg)
         if not processes.is_first():
             return _help_to_train(state)
-        with claimed(state.run_dir):
+        with claimed(state.run_dir), state.tracked():
             settings = plain(dataclasses.asdict(cfg))
             check_run_folder(state, settings)
             for name in cfg.stages:
@@ -145,6 +145,9 @@ def _evaluate_base(state: Run) -> None:
 
 def _train(state: Run) -> None:
     cfg = state.cfg
+    if processes.is_first():
+        settings = plain(dataclasses.asdict(cfg))
+        state.tracker = open_tracker(cfg.logging, state.run_dir, settings)
     with state.bar("train", cfg.train.max_steps, "steps") as advance:
         state.train = train(
             state.adapted,
@@ -156,6 +159,7 @@ def _train(state: Run) -> None:
             seed=cfg.seed,
             bf16=state.dtype == torch.bfloat16,
             on_step=advance,
+            on_point=state.tracker.log,
         )
     state.adapted.settle()
     state.recorded = state.adapted.deployed_digests()
@@ -198,10 +202,6 @@ def _write_candidate(state: Run) -> None:
         state.candidate = write_candidate(state.adapted, cfg.export, state.run_dir, stamp, advance)
 
 
-def _publish(state: Run) -> None:
-    state.export = publish(state.candidate, permit(state.candidate, state.guard))
-
-
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": lambda state: processes.first_before_rest(lambda: preflight(state)),
     "plan": plan,
@@ -219,7 +219,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "evaluate_trained": _evaluate_trained,
     "write_candidate": _write_candidate,
     "guard": guard,
-    "publish": _publish,
+    "publish": publish,
     "save_base": save_base,
     "benchmark": benchmark,
     "validate": validate,

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "base", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
-    "tracking": {"config", "progress"},
+    "tracking": {"config", "progress", "report"},
     "doctor": {"config", "registry", "llamacpp", "memory", "progress", "report", "tracking"},
     "plan": {"config", "grid", "base", "distill"},
     "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory", "plan"},

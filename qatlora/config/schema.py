@@ -53,5 +53,7 @@ class RootConfig:
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
+    overrides: list[str] = field(default_factory=list)
+    """What was typed on the command line; set from it."""
     run_dir: str = "runs"
     """Folder of everything the run writes."""

@@ -38,6 +38,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "schema_version": parts.pop("schema_version"),
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
+        "origin": parts.pop("origin"),
         "build": parts.pop("build"),
         "teacher_cache": parts.pop("teacher_cache"),
         "adapter": parts.pop("adapter"),

@@ -12,6 +12,7 @@ from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_doctor import DoctorResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_origin import OriginResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
@@ -266,6 +267,7 @@ class RunReport:
 
     recipe: str
     base: BaseResult | None  # None where none is looked at
+    origin: OriginResult | None = None
     build: BuildResult | None = None
     teacher_cache: CacheResult | None = None
     adapter: AdapterResult | None = None

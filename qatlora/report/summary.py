@@ -12,6 +12,7 @@ from qatlora.report.preview_text import headline as preview_headline
 from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.run_it import run_line, runs_in_llama_cpp
 from qatlora.report.validate_text import validate_headline, validate_reasons
 
 
@@ -90,6 +91,8 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines.append(("file", report.export.path))
         lines.append(("size", f"{size}, tensors: {types}" if types else size))
         lines.append(("sha256", report.export.sha256))
+        if runs_in_llama_cpp(report):
+            lines.append(("run it", run_line(report)))
     if report.checkpoint:
         lines.append(("checkpoint", report.checkpoint.path))
         share = format_share(report.checkpoint.on_grid_share)

@@ -20,6 +20,7 @@ from qatlora.stages.teacher import check_teacher
 from qatlora.stages.teacher_cache import check_teacher_cache
 from qatlora.stages.validate import check_validate
 from qatlora.state import Run
+from qatlora.tracking import require_tracker
 
 
 def preflight(state: Run) -> None:
@@ -35,6 +36,8 @@ def preflight(state: Run) -> None:
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
+    if "train" in cfg.stages:
+        require_tracker(cfg.logging)
     needs = estimate(cfg, state.source, state.layout, state.device)
     require(needs, target(cfg), state.device)
     if "save_base" in cfg.stages:
