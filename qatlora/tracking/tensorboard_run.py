@@ -27,7 +27,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, point.step)
 
     def report(self, report: RunReport, written: Sequence[Path]) -> None:
-        """Write the tables of KLD and gates as Markdown, the KLD as scalars, the plots as images."""
+        """Write the tables as Markdown, mean KLDs as scalars too, and the plots as images."""
         for text, results in report.texts.items():
             for model, result in results.items():
                 if result.kld is not None:

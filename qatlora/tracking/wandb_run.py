@@ -1,7 +1,8 @@
 """A run on Weights & Biases: sent where that can be, else kept in RUN/wandb to be sent later."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class WandbTracker:
 
     def log(self, point: TrainPoint) -> None:
         """Log the step's scalars."""
-        self._run.log(scalars(point), step=point.step)
+        with _said():
+            self._run.log(scalars(point), step=point.step)
 
     def report(self, report: RunReport, written: Sequence[Path]) -> None:
         """Log the tables of KLD and gates, the plots, and all files as one artifact."""
@@ -51,15 +53,26 @@ class WandbTracker:
             "gates": wandb.Table(columns=list(GATE_COLUMNS), data=gate_rows(report)),
         }
         plots = {path.stem: wandb.Image(str(path)) for path in written if path.suffix == ".png"}
-        self._run.log(tables | plots)
         artifact = wandb.Artifact(f"report-{self._run.id}", type="report")
         for path in written:
             artifact.add_file(str(path))
-        self._run.log_artifact(artifact)
+        with _said():
+            self._run.log(tables | plots)
+            self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool) -> None:
         """End the run, waiting for what is being sent no longer than two minutes."""
-        self._run.finish(exit_code=int(failed))
+        with _said():
+            self._run.finish(exit_code=int(failed))
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """What wandb cannot do is said, and the run goes on."""
+    try:
+        yield
+    except (wandb.Error, OSError) as problem:
+        progress.say(f"wandb: {problem}; the run goes on without it.")
 
 
 def _settings() -> wandb.Settings:

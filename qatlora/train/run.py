@@ -68,7 +68,8 @@ def train(
     """Run the optimizer over `rows` in their order, `rows_per_step` at a time.
 
     Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
-    `on_point` gets each of these lines. With `settings.resume` the run goes on from the last checkpoint, where there is one.
+    `on_point` gets each of these lines. With `settings.resume` the run goes on from the last
+    checkpoint, where there is one.
 
     Raises:
         ConfigError: under torchrun, rows that cannot be shared out evenly.
