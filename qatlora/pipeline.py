@@ -5,9 +5,9 @@
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
 preview_data, benchmark, fidelity and validate are one stage between preflight and report,
-teacher_cache one after load_data, plan one before report; decide ends validate with its exit code.
-Those stages, the longer ones among the above, and where a run's teacher comes from are told in
-`qatlora.stages`.
+teacher_cache one after load_data, plan and apply_patch one before report; decide ends validate with
+its exit code. Those stages, the longer ones among the above, and where a run's teacher comes from
+are told in `qatlora.stages`. The doctor runs without this file (`qatlora.doctor`).
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -43,6 +43,7 @@ from qatlora.stages.build import build
 from qatlora.stages.fidelity import fidelity
 from qatlora.stages.guard import guard
 from qatlora.stages.inspect import inspect
+from qatlora.stages.patch import apply_step_patch
 from qatlora.stages.plan import plan
 from qatlora.stages.preflight import preflight
 from qatlora.stages.preview import preview_data
@@ -204,6 +205,7 @@ def _write_candidate(state: Run) -> None:
 
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": lambda state: processes.first_before_rest(lambda: preflight(state)),
+    "apply_patch": apply_step_patch,
     "plan": plan,
     "inspect": inspect,
     "build": build,

@@ -105,7 +105,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         memory += _IMPORTED_LIBRARIES_BYTES
     others = layout.num_parameters - layout.num_grid_weights
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
-    disk = 2 * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
+    num_files = 3 if cfg.export.patch else 2  # the base's own is one more
+    disk = num_files * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
     disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES

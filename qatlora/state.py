@@ -46,6 +46,7 @@ from qatlora.report.results import (
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
@@ -96,6 +97,7 @@ class Run:
     guard: GuardResult | None = None
     runtime: RuntimeResult | None = None
     export: ExportResult | None = None
+    patch: PatchResult | None = None
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
     tracker: Tracker = field(default_factory=NoTracker)  # another one from training on
@@ -160,6 +162,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         runtime=state.runtime,
         export=state.export,
+        patch=state.patch,
         inspect=state.inspection,
         validate=state.validation,
         preview=state.preview,

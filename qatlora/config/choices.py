@@ -4,6 +4,7 @@ from enum import Enum
 
 STAGES = (
     "doctor",
+    "apply_patch",
     "preflight",
     "plan",
     "inspect",

@@ -1,4 +1,4 @@
-"""Settings that belong to one recipe each: build, inspect, validate, plan, benchmark, fidelity."""
+"""Settings that belong to one recipe each: build, inspect, validate, apply_patch and so on."""
 
 from dataclasses import dataclass, field
 
@@ -50,6 +50,16 @@ class ValidateConfig:
     """Share of the merge's effect that Q4_0 must keep."""
     gguf_kld_max_nats: float = 0.01
     """Mean KLD from the checkpoint to the GGUF at most, nats per token."""
+
+
+@dataclass
+class PatchConfig:
+    """What recipe=apply_patch puts together."""
+
+    path: str | None = None
+    """A step patch, *.patch.safetensors."""
+    base: str | None = None
+    """The GGUF that it belongs to."""
 
 
 @dataclass

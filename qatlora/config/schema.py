@@ -7,6 +7,7 @@ from qatlora.config.recipes import (
     BuildConfig,
     FidelityConfig,
     InspectConfig,
+    PatchConfig,
     PlanConfig,
     PreviewConfig,
     ValidateConfig,
@@ -48,6 +49,7 @@ class RootConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)

@@ -49,6 +49,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "guard": parts.pop("guard"),
         "runtime": parts.pop("runtime"),
         "export": parts.pop("export"),
+        "patch": parts.pop("patch"),
         "inspect": parts.pop("inspect"),
         "validate": parts.pop("validate"),
         "preview": parts.pop("preview"),

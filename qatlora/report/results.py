@@ -13,6 +13,7 @@ from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_doctor import DoctorResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_origin import OriginResult
+from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
@@ -277,6 +278,7 @@ class RunReport:
     guard: GuardResult | None = None
     runtime: RuntimeResult | None = None
     export: ExportResult | None = None
+    patch: PatchResult | None = None
     inspect: InspectResult | None = None
     validate: ValidateResult | None = None
     preview: PreviewResult | None = None

@@ -55,6 +55,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.fidelity is not None:
         first, *others = headlines(report.fidelity) or ["Every reference equals itself."]
         return Verdict(first, None, others)
+    if report.patch is not None and report.guard is None:
+        return Verdict("Patched: by its SHA-256 it is the file that was exported.", True, [])
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -93,6 +95,11 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines.append(("sha256", report.export.sha256))
         if runs_in_llama_cpp(report):
             lines.append(("run it", run_line(report)))
+    if report.patch:
+        share = format_share(report.patch.bytes / report.patch.base_bytes)
+        lines.append(("step patch", report.patch.path))
+        size = f"{format_bytes(report.patch.bytes)}, {share} of the base's {report.patch.base}"
+        lines.append(("patch size", size))
     if report.checkpoint:
         lines.append(("checkpoint", report.checkpoint.path))
         share = format_share(report.checkpoint.on_grid_share)

@@ -7,6 +7,7 @@ from qatlora.adapters.saved import read_identity
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer, require_storage
 from qatlora.base.source import find_source
+from qatlora.config import Trained
 from qatlora.data.templates import chosen_template
 from qatlora.export.checkpoint import require_plain
 from qatlora.grid.fused import compiles_on
@@ -15,6 +16,7 @@ from qatlora.preflight import describe, estimate, require, target
 from qatlora.stages.build import check_build
 from qatlora.stages.fidelity import check_fidelity
 from qatlora.stages.inspect import check_inspect
+from qatlora.stages.patch import require_steps
 from qatlora.stages.runtime import announce_runtime
 from qatlora.stages.teacher import check_teacher
 from qatlora.stages.teacher_cache import check_teacher_cache
@@ -30,8 +32,11 @@ def preflight(state: Run) -> None:
         QatloraError: something is missing or wrong, or the machine too small.
     """
     cfg = state.cfg
+    kind = cfg.adapter.kind.name
     if cfg.adapter.path is not None:
-        read_identity(Path(cfg.adapter.path))
+        kind = read_identity(Path(cfg.adapter.path)).rule.kind
+    if cfg.export.patch and "publish" in cfg.stages:
+        require_steps("latents" if cfg.distill.train is Trained.weights else kind)
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)

@@ -10,6 +10,7 @@ from qatlora.guard.judge import permit
 from qatlora.llamacpp.gguf_read import read_gguf
 from qatlora.report.card import CARD, model_card
 from qatlora.report.run_it import MODELFILE, modelfile
+from qatlora.stages.patch import make_patch
 from qatlora.state import Run, report_of
 
 
@@ -20,6 +21,8 @@ def publish(state: Run) -> None:
         GuardFailed: a gate failed; nothing was published.
     """
     state.export = export.publish(state.candidate, permit(state.candidate, state.guard))
+    if state.cfg.export.patch:
+        make_patch(state)
     path = Path(state.export.path)
     template = read_gguf(path).metadata.get("tokenizer.chat_template", "")
     text = modelfile(path.name, _stops(state), ollama_template(template))
