@@ -1,4 +1,4 @@
-"""Step patches: `publish` writes one where export.patch asks for it, recipe=apply_patch applies it."""
+"""Step patches: `publish` writes one if export.patch is true, recipe=apply_patch applies it."""
 
 from collections import Counter
 from pathlib import Path
@@ -70,7 +70,7 @@ def apply_step_patch(state: Run) -> None:
 
 
 def _export_base(state: Run, adapted: AdaptedModel) -> ExportResult:
-    """A GGUF that base, storage and versions alone decide, so that many patches can start from it."""
+    """A GGUF that base, storage and versions alone decide: many patches can start from it."""
     cfg, base = state.cfg, adapted.base
     settings = ExportConfig(
         file_name=f"{base.name}-base-Q4_0.gguf", other_type=cfg.export.other_type

@@ -31,8 +31,9 @@ def has_key() -> bool:
 
 def why_offline() -> str | None:
     """Why the run will be kept on the disk; None where it can be sent."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return None if mode == "online" else f"WANDB_MODE={mode}"
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":
+        return f"WANDB_MODE={mode}"
     if not has_key():
         return "no key: `wandb login` stores one"
     if not _answers():
