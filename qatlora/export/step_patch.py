@@ -141,9 +141,13 @@ def apply_patch(base: Path, patch: Path, target: Path) -> PatchHead:
             f"{head.base_sha256}. Give that file as patch.base: an export with export.patch=true "
             "writes it beside the patch."
         )
-    with files.replacing(target) as partial, _opened(patch) as tensors:
-        _write_with_header(read_gguf(base), head, tensors.get_tensor(_HEADER), partial)
-        _change_steps(read_gguf(partial), tensors, patch)
+    with files.replacing(target) as partial:
+        try:
+            with _opened(patch) as tensors:
+                _write_with_header(read_gguf(base), head, tensors.get_tensor(_HEADER), partial)
+                _change_steps(read_gguf(partial), tensors, patch)
+        except (SafetensorError, ValueError) as problem:
+            raise _no_patch(patch, str(problem)) from None
         digest = files.sha256_of_file(partial)
         if digest != head.result_sha256:
             raise ExportError(
@@ -171,6 +175,8 @@ def read_head(patch: Path) -> PatchHead:
             f"{patch} is a '{head.format}' of grid version {head.grid_version}, and this qatlora "
             f"applies '{FORMAT}' of {GRID_VERSION}. Use the qatlora that wrote it."
         )
+    if Path(head.result_name).name != head.result_name:
+        raise _no_patch(patch, f"it would write to {head.result_name!r}")
     return head
 
 

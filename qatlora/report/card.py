@@ -4,6 +4,8 @@ Everything in it comes from the run's report. The YAML at its head is what the H
 reads (https://huggingface.co/docs/hub/model-cards).
 """
 
+import math
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 
 from qatlora.report.card_build import build_sections
-from qatlora.report.escape import fenced, inline
+from qatlora.report.escape import fenced, inline, visible
 from qatlora.report.results import RunReport
 from qatlora.report.results_origin import OriginResult
 from qatlora.report.run_it import run_it
@@ -44,10 +46,10 @@ def model_card(report: RunReport) -> str:
 def _front_matter(report: RunReport) -> str:
     origin = report.origin or OriginResult()
     front: dict[str, Any] = {
-        "license": origin.licence,
-        "license_name": origin.licence_name,
-        "license_link": origin.licence_link,
-        "base_model": origin.hub_id,
+        "license": _on_one_line(origin.licence),
+        "license_name": _on_one_line(origin.licence_name),
+        "license_link": _on_one_line(origin.licence_link),
+        "base_model": _on_one_line(origin.hub_id),
     }
     if report.build:
         is_nf4 = report.build.storage == "nf4"
@@ -61,12 +63,18 @@ def _front_matter(report: RunReport) -> str:
         front["datasets"] = _hub_data(report)
         front["tags"] = ["qatlora", "gguf", "q4_0"]
     known = {key: value for key, value in front.items() if value}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---"
+    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)}---"
+
+
+def _on_one_line(text: str | None) -> str | None:
+    """A line of dashes inside a value would end the YAML for readers that look for one."""
+    return text and " ".join(visible(text).split())
 
 
 def _hub_data(report: RunReport) -> list[str]:
-    hub_id = report.settings.get("data", {}).get("hub_id")
-    return [hub_id] if hub_id and report.train else []
+    hub_id = report.settings.get("data", {}).get("hub_id") or ""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id)  # a folder may stand there, too
+    return [hub_id] if is_id and report.train else []
 
 
 def _file_sections(report: RunReport) -> Iterator[str]:

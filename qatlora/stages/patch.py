@@ -21,12 +21,18 @@ from qatlora.state import Run
 _SUFFIX = ".patch.safetensors"
 
 
-def require_steps(kind: str) -> None:
-    """A patch can only be made of an adapter that changes nothing but steps.
+def check_patch(state: Run, kind: str) -> None:
+    """Refuse an export whose patch could not be made, before any weight is loaded.
 
     Raises:
-        ConfigError: it is of another kind.
+        ConfigError: the adapter moves more than steps, or the two files would have one name.
     """
+    name = state.cfg.export.file_name
+    if name == _base_name(state.source.name):
+        raise ConfigError(
+            f"export.file_name={name} with export.patch=true: so the base's own file is called, "
+            "which is written beside it. Give another name."
+        )
     if kind != AdapterKind.steps.name:
         raise ConfigError(
             f"export.patch=true with an adapter of kind {kind}: a step patch holds changes of "
@@ -72,9 +78,7 @@ def apply_step_patch(state: Run) -> None:
 def _export_base(state: Run, adapted: AdaptedModel) -> ExportResult:
     """A GGUF that base, storage and versions alone decide: many patches can start from it."""
     cfg, base = state.cfg, adapted.base
-    settings = ExportConfig(
-        file_name=f"{base.name}-base-Q4_0.gguf", other_type=cfg.export.other_type
-    )
+    settings = ExportConfig(file_name=_base_name(base.name), other_type=cfg.export.other_type)
     stamp = {
         "version": __version__,
         "llama_cpp": llama_cpp_version(),
@@ -87,6 +91,10 @@ def _export_base(state: Run, adapted: AdaptedModel) -> ExportResult:
         recorded = adapted.deployed_digests()
         gate = identity_gate(candidate, adapted.deployed(), recorded, cfg.guard)
     return export.publish(candidate, permit(candidate, verdict([gate], None)))
+
+
+def _base_name(base: str) -> str:
+    return f"{base}-base-Q4_0.gguf"
 
 
 def _result(patch: Path, head: PatchHead, base: Path) -> PatchResult:

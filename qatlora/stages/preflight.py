@@ -16,7 +16,7 @@ from qatlora.preflight import describe, estimate, require, target
 from qatlora.stages.build import check_build
 from qatlora.stages.fidelity import check_fidelity
 from qatlora.stages.inspect import check_inspect
-from qatlora.stages.patch import require_steps
+from qatlora.stages.patch import check_patch
 from qatlora.stages.runtime import announce_runtime
 from qatlora.stages.teacher import check_teacher
 from qatlora.stages.teacher_cache import check_teacher_cache
@@ -35,14 +35,14 @@ def preflight(state: Run) -> None:
     kind = cfg.adapter.kind.name
     if cfg.adapter.path is not None:
         kind = read_identity(Path(cfg.adapter.path)).rule.kind
-    if cfg.export.patch and "publish" in cfg.stages:
-        require_steps("latents" if cfg.distill.train is Trained.weights else kind)
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
     if "train" in cfg.stages:
         require_tracker(cfg.logging)
+    if cfg.export.patch and "publish" in cfg.stages:
+        check_patch(state, "latents" if cfg.distill.train is Trained.weights else kind)
     needs = estimate(cfg, state.source, state.layout, state.device)
     require(needs, target(cfg), state.device)
     if "save_base" in cfg.stages:

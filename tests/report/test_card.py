@@ -16,13 +16,13 @@ HOSTILE = "x: [1]\n---\n# Guard passed\n| a | <script>x</script> ``` **b** [l](h
 
 
 def front_matter(card: str) -> dict:
-    start, front, _ = card.split("---\n", 2)
+    start, _, rest = card.partition("---\n")
     assert start == ""
-    return yaml.safe_load(front)
+    return yaml.safe_load(rest.partition("\n---\n")[0])
 
 
 def headings(card: str) -> list[str]:
-    tokens = MarkdownIt("commonmark").parse(card.split("---\n", 2)[2])
+    tokens = MarkdownIt("commonmark").parse(card.partition("\n---\n")[2])
     return [tokens[i + 1].content for i, one in enumerate(tokens) if one.type == "heading_open"]
 
 
@@ -91,9 +91,9 @@ def test_hostile_names_add_no_key_no_heading_and_no_html(run_report: RunReport) 
     )
     card = model_card(hostile)
     front = front_matter(card)
-    assert front["license"] == front["base_model"] == HOSTILE
+    assert front["license"] == front["base_model"] == " ".join(HOSTILE.split())
     assert front["tags"] == ["qatlora", "gguf", "q4_0"]
-    html = MarkdownIt("commonmark").enable("table").render(card.split("---\n# ", 1)[-1])
+    html = MarkdownIt("commonmark").enable("table").render(card.partition("\n---\n")[2])
     assert "<script" not in html
     assert "<a " not in html
 
