@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "config",
         "grid",
         "base",
+        "export",
         "llamacpp",
         "adapters",
         "distill",
