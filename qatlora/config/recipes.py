@@ -98,7 +98,9 @@ class BenchmarkConfig:
     rows_per_step: int = 2
     """adapters: rows of data.max_length_tokens per step."""
     learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
-    """adapters: peak rates tried on the first seed, the same number for every method."""
+    """adapters: peak rates tried on the first seed, the same for every method."""
+    extra_rates: int = 2
+    """adapters: further rates at most, one by one beyond the end at which the best one lies."""
     steps_rate_factor: float = 10.0
     """adapters: the factors of the steps learn at this multiple of the rate."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

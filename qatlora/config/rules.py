@@ -58,6 +58,7 @@ _MINIMA = {
     "benchmark.warmup_rounds": 0,
     "benchmark.max_steps": 1,
     "benchmark.rows_per_step": 1,
+    "benchmark.extra_rates": 0,
     "benchmark.eval_tokens": 1,
     "validate.gguf_kld_max_nats": 0,
     "fidelity.tokens_per_text": 2,
