@@ -1,11 +1,11 @@
-"""Draw docs/figures/*.png: `python -m docs.draw_figures BASE ADAPTER_RUN CHAT_RUN`.
+r"""Draw docs/figures/*.png: `python -m docs.draw_figures BASE ADAPTER_RUN CHAT_RUN`.
 
 Everything shown is computed from the weights and reports of three runs, on a CPU in some minutes:
 
     python -m qatlora recipe=qat_distill base=smollm2_135m train.max_steps=110 run_dir=DISTILL
-    python -m qatlora recipe=chat_sft base.path=DISTILL/base storage=q4_0 adapter=both teacher=none \\
-        train.rows_per_step=2 train.micro_batch_rows=2 data.max_length_tokens=128 run_dir=ADAPTER_RUN \\
-        'stages=[preflight,load_data,load_base,attach,train,save_adapter]'
+    python -m qatlora recipe=chat_sft base.path=DISTILL/base storage=q4_0 adapter=both \
+        teacher=none train.rows_per_step=2 train.micro_batch_rows=2 data.max_length_tokens=128 \
+        'stages=[preflight,load_data,load_base,attach,train,save_adapter]' run_dir=ADAPTER_RUN
     python -m qatlora recipe=chat_sft run_dir=CHAT_RUN      # with llama.cpp's tools built
 
 BASE is DISTILL/base: SmolLM2-135M-Instruct (Apache-2.0), every block on its grid.
@@ -30,6 +30,7 @@ from torch import Tensor
 from qatlora.adapters.deployed import changed_steps, low_rank
 from qatlora.adapters.saved import read_identity
 from qatlora.base.source import Source, read_source
+from qatlora.base.stores import reciprocal
 from qatlora.files import replacing
 from qatlora.grid import (
     BLOCK_SIZE,
@@ -40,7 +41,6 @@ from qatlora.grid import (
     digest,
     dither,
     encode_reference,
-    latents,
     nearest_levels,
     recover,
 )
@@ -83,7 +83,8 @@ def trained_layers(source: Source, adapter: Path) -> Iterator[TrainedLayer]:
             for part in ("lora_A", "lora_B", "lora_steps_A", "lora_steps_B")
         )
         base = recover(source.tensor(f"{name}.weight")).blocks
-        in_steps = latents(low_rank(up, down, identity.rule.scale), base.steps)
+        delta = low_rank(up, down, identity.rule.scale).unflatten(-1, (-1, BLOCK_SIZE))
+        in_steps = (delta * reciprocal(base.steps).unsqueeze(-1)).flatten(-2)
         noise = dither(identity.rule.seed, name, base.levels.shape)
         moved = nearest_levels(base.levels + in_steps + noise)
         change = low_rank(steps_up, steps_down, 1.0)
@@ -138,7 +139,9 @@ def dead_zone_figure(layers: list[TrainedLayer]) -> Figure:
     sizes.set(xscale="log", xlim=(1e-5, 10**0.5), xlabel="trained delta, in steps (absolute)")
     beyond, mean = float((deltas > _HALF_CELL).float().mean()), float(deltas.mean())
     sizes.text(0.62, shares.max(), "changes\na level", color=VERMILION, va="top")
-    sizes.set_title(f"Trained deltas: {mean:.1%} of a step on average,\n{beyond:.3%} above half a step")
+    sizes.set_title(
+        f"Trained deltas: {mean:.1%} of a step on average,\n{beyond:.3%} above half a step"
+    )
     sizes.set_ylabel("share of weights")
     sizes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _draw_kept(kept, layers[0])
@@ -146,7 +149,7 @@ def dead_zone_figure(layers: list[TrainedLayer]) -> Figure:
 
 
 def _draw_kept(axis: Axes, layer: TrainedLayer) -> None:
-    """Mean change of a real matrix' levels when every weight gets the same delta."""
+    """Mean change of a matrix's levels when every weight gets the same delta."""
     deltas = torch.linspace(-1, 1, 201).tolist()
     for label, noise, color in (
         ("without dither", torch.zeros(()), VERMILION),
@@ -190,8 +193,17 @@ def dither_figure(layers: list[TrainedLayer]) -> Figure:
 def steps_figure(layers: list[TrainedLayer]) -> Figure:
     """What the step adapter has learned: relative changes of all steps."""
     figure, (axis,) = new_panels(1)
+    figure.set_figheight(3)
     changes = torch.cat([layer.step_change.flatten() for layer in layers])
-    axis.hist(changes.numpy(), bins=120, range=(-0.05, 0.05), color=GREEN, alpha=0.7)
+    shown = float(changes.abs().quantile(0.999))
+    axis.hist(
+        changes.numpy(), bins=120, range=(-shown, shown), color=GREEN, alpha=0.7,
+        weights=torch.full_like(changes, 1 / len(changes)).numpy(),
+    )  # fmt: skip
+    axis.set_title(f"Trained steps change by {float(changes.abs().mean()):.2%} on average")
+    axis.set(xlabel="relative change of a step", ylabel="share of steps")
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Write docs/recipes/*.md and docs/settings.md: `python -m docs.recipe_pages` from the clone's root.
+"""Write docs/recipes/*.md and docs/settings.md: `python -m docs.recipe_pages` in the clone.
 
 A recipe's page is its header card, its stages, the settings that it changes and those that are its
 own; docs/settings.md holds the sections that recipes share. Values come from conf/ and recipes/,
@@ -25,10 +25,7 @@ from qatlora.files import write_text
 from qatlora.paths import shipped
 
 DOCS = Path(__file__).parent
-_MADE_BY = (
-    "<!-- Made by `python -m docs.recipe_pages` from recipes/, conf/ and qatlora/config: edit those. "
-    "-->"
-)
+_MADE_BY = "<!-- Made by `python -m docs.recipe_pages` from recipes/, conf/ and qatlora/config. -->"
 _SECTIONS = {field.name: field for field in dataclasses.fields(RootConfig) if field.name != "card"}
 _SECTIONS_OF_STAGE = {
     "load_data": ("data",),

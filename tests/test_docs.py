@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from docs.recipe_pages import pages, values_of
 from test_config import RECIPES, compose
 
+from docs.recipe_pages import pages, values_of
 from qatlora.config import to_dataclasses
 from qatlora.paths import shipped
 
@@ -75,7 +75,9 @@ def messages() -> set[str]:
     for path in (ROOT / "qatlora").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                parts = (
+                    part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+                )
                 texts.add("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.add(node.value)
