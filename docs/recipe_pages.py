@@ -165,7 +165,7 @@ def _meanings(section: str) -> dict[str, str]:
         if isinstance(field.type, type) and issubclass(field.type, Enum):
             choices = ", ".join(f"`{member.name}`" for member in field.type)
             words = f"{words or inspect.getdoc(field.type)} One of {choices}."
-        meanings[field.name] = words or comments[field.name]
+        meanings[field.name] = words or comments.get(field.name, "")
     return meanings
 
 
