@@ -244,4 +244,4 @@ class LoggingConfig:
     log_steps: int = 1
     """Optimizer steps between two lines of the log."""
     progress_bars: bool = True
-    """Show them where the output is a terminal."""
+    """Show how far long stages are."""
