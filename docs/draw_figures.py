@@ -63,14 +63,12 @@ class TrainedLayer:
         levels: the base's, int8; on the grid they are the latents, too.
         in_steps: the delta B A measured in steps, float32.
         dither: u of each weight, float32.
-        moved: the levels that are deployed, int8.
         step_change: relative change of each step, float32.
     """
 
     levels: Tensor
     in_steps: Tensor
     dither: Tensor
-    moved: Tensor
     step_change: Tensor
 
 
@@ -90,7 +88,7 @@ def trained_layers(source: Source, adapter: Path) -> Iterator[TrainedLayer]:
         moved = nearest_levels(base.levels + in_steps + noise)
         change = low_rank(steps_up, steps_down, 1.0)
         assert identity.deployed[name] == digest(Q4Blocks(changed_steps(base.steps, change), moved))
-        yield TrainedLayer(base.levels, in_steps, noise, moved, change)
+        yield TrainedLayer(base.levels, in_steps, noise, change)
 
 
 def block_figure(weight: Tensor) -> Figure:
@@ -168,11 +166,10 @@ def _draw_kept(axis: Axes, layer: TrainedLayer) -> None:
 
 
 def dither_figure(layers: list[TrainedLayer]) -> Figure:
-    """Where weights lie in their cells and what trained deltas do there."""
+    """Where weights lie in their cells and what trained deltas do there; a sample of one matrix."""
     figure, axes = new_panels(2, share_axes=True)
     layer = layers[len(layers) // 2]
-    sample = slice(None, None, 151)
-    deltas, noise = (part.flatten()[sample] for part in (layer.in_steps, layer.dither))
+    deltas, noise = (part.flatten()[::151] for part in (layer.in_steps, layer.dither))
     height = float(deltas.abs().max()) * 1.1
     for axis, place, title in zip(
         axes,
@@ -186,9 +183,8 @@ def dither_figure(layers: list[TrainedLayer]) -> Figure:
         for border in (-_HALF_CELL, _HALF_CELL):
             axis.axline((border, 0), slope=-1, color=BLUE, linewidth=1)
         axis.set(xlim=(-0.55, 0.55), ylim=(-height, height), xlabel="weight in its cell, in steps")
-        axis.set_title(
-            f"{title}\n{format_share(float(crosses.float().mean()))} of the weights change level"
-        )
+        share = format_share(float(crosses.float().mean()))
+        axis.set_title(f"{title}\n{share} of the weights change level")
     axes[0].set_ylabel("trained delta, in steps")
     return figure
 
@@ -203,9 +199,8 @@ def steps_figure(layers: list[TrainedLayer]) -> Figure:
         changes.numpy(), bins=120, range=(-shown, shown), color=GREEN, alpha=0.7,
         weights=torch.full_like(changes, 1 / len(changes)).numpy(),
     )  # fmt: skip
-    axis.set_title(
-        f"Trained steps change by {format_share(float(changes.abs().mean()))} on average"
-    )
+    mean = format_share(float(changes.abs().mean()))
+    axis.set_title(f"Trained steps change by {mean} on average")
     axis.set(xlabel="relative change of a step", ylabel="share of steps")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
@@ -261,11 +256,7 @@ def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 def guard_figure(runtime: dict[str, Any], limit_nats: float) -> Figure:
     """What llama.cpp computes from the file, beside llama-quantize of the same model."""
     rows = [row for row in runtime["rows"] if row["to_trained"]]
-    names = {
-        "file, as F32": "the file, decoded to F32",
-        "file": "the file",
-        "llama-quantize": "llama-quantize of the merged model",
-    }
+    names = ("the file, decoded to F32", "the file", "llama-quantize of the merged model")
     figure, (axis,) = new_panels(1)
     figure.set_figheight(2.6)
     for place, (row, color) in enumerate(zip(rows, (BLUE, BLUE, VERMILION), strict=True)):
@@ -277,7 +268,7 @@ def guard_figure(runtime: dict[str, Any], limit_nats: float) -> Figure:
         )  # fmt: skip
     axis.axvline(limit_nats, color=BLACK, linestyle="--", linewidth=1)
     axis.text(limit_nats + 3e-4, 0, "the gate's limit for the file", va="center", size="small")
-    axis.set_yticks([0, -1, -2], [names[row["model"]] for row in rows])
+    axis.set_yticks([0, -1, -2], names)
     axis.grid(visible=False, axis="y")
     axis.set(xlim=(0, 0.04), ylim=(-2.5, 0.5))
     axis.set_xlabel("mean KLD from the trained model in llama.cpp, nats per token")
@@ -288,17 +279,16 @@ def main() -> None:
     """Draw every figure."""
     base, adapter_run, chat_run = (Path(argument) for argument in sys.argv[1:])
     source = read_source(base, "smollm2")
-    layers = list(trained_layers(source, adapter_run / "adapter"))
+    layers = [*trained_layers(source, adapter_run / "adapter")]
     report = json.loads((chat_run / "report.json").read_text("utf-8"))
+    limit_nats = report["settings"]["guard"]["llama_cpp_kld_max_nats"]
     figures = {
         "block": block_figure(source.tensor(f"{_SHOWN}.weight")),
         "dead_zone": dead_zone_figure(layers),
         "dither": dither_figure(layers),
         "steps": steps_figure(layers),
         "deployed": deployed_figure(),
-        "guard": guard_figure(
-            report["runtime"], report["settings"]["guard"]["llama_cpp_kld_max_nats"]
-        ),
+        "guard": guard_figure(report["runtime"], limit_nats),
     }
     for name, figure in figures.items():
         with replacing(FIGURES / f"{name}.png") as partial:
