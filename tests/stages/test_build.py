@@ -11,6 +11,7 @@ from qatlora.base.source import read_source
 from qatlora.config import Storage
 from qatlora.errors import CheckpointError, ConfigError, ExportError
 from qatlora.export.checkpoint import require_plain
+from qatlora.files import SUMS
 from qatlora.inspection.tensors import require_weights
 
 
@@ -75,6 +76,20 @@ def test_without_a_path_the_folder_lies_in_the_run_folder(
     report = built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
     assert Path(report.build.path) == tmp_path / "build-run" / "tiny-Q4_0"
     assert (tmp_path / "build-run" / "tiny-Q4_0" / "grid.json").is_file()
+
+
+def test_a_build_that_was_killed_before_its_report_is_made_again(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    sums = tmp_path / "build-run" / "tiny-Q4_0" / SUMS
+    whole = sums.read_bytes()
+    with pytest.raises(ConfigError, match="exists already, and a build never replaces a folder"):
+        built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    (tmp_path / "build-run" / "report.json").unlink()
+    sums.unlink()
+    built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    assert sums.read_bytes() == whole
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "nf4"])
