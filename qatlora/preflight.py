@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from qatlora import processes
 from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
@@ -249,17 +250,22 @@ def target(cfg: RootConfig) -> Target:
 def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
 
+    Every process holds a base of its own: on a GPU of its own, on a CPU in the same memory.
+
     Raises:
         ResourceError: too little memory or disk, with both figures and a remedy.
     """
     on_gpu = device.type == "cuda"
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
-    if needs.memory_bytes > available:
+    sharing = 1 if on_gpu else processes.count_here()
+    if sharing * needs.memory_bytes > available:
+        each = f" ({sharing} processes of {_gb(needs.memory_bytes)})" if sharing > 1 else ""
+        fewer = "start fewer processes, " if sharing > 1 else ""
         raise ResourceError(
-            f"This run needs about {_gb(needs.memory_bytes)} of memory and {_gb(available)} are "
-            "free. Close other programs, take storage=q4_0 or a smaller base, lower "
-            "train.micro_batch_rows, or set train.gradient_checkpointing=true or "
-            "evaluate.hold_weights=false; recipe=plan shows what each part takes."
+            f"This run needs about {_gb(sharing * needs.memory_bytes)} of memory and "
+            f"{_gb(available)} are free{each}. Close other programs, {fewer}take storage=q4_0 or a "
+            "smaller base, lower train.micro_batch_rows, or set train.gradient_checkpointing=true "
+            "or evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
     places = (written_to.folder, *written_to.folder.absolute().parents)
     existing = next(folder for folder in places if folder.exists())
