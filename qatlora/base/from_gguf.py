@@ -30,6 +30,7 @@ from qatlora.grid import unpack
 from qatlora.llamacpp.gguf_read import GgufFile, GgufTensor, dequantize, read_gguf
 
 _CHUNK_WEIGHTS = 1 << 24
+_STAMP = "qatlora.version"  # in the metadata of every file that we export
 _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -73,7 +74,7 @@ class Architecture:
     norm_shift: what llama.cpp adds to the weights of norms.
     interleaved: whether the rows of q_proj and k_proj are interleaved in the GGUF.
     make_config: metadata to configuration class; None if only files of our own can be loaded,
-        beside the configuration that they were exported with.
+        beside the configuration of their checkpoint.
     """
 
     model_types: tuple[str, ...]
@@ -83,23 +84,34 @@ class Architecture:
     make_config: Callable[[GgufFile], PreTrainedConfig] | None
 
 
-def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
+def config_from_gguf(gguf: GgufFile, beside: PreTrainedConfig | None = None) -> PreTrainedConfig:
     """The configuration that transformers needs to run this file.
+
+    Args:
+        gguf: the file.
+        beside: of the checkpoint that it is compared with, for files of our own that have none.
 
     Raises:
         CheckpointError: the architecture is not supported, or a metadata key is missing.
     """
     make_config = _architecture(gguf).make_config
     if make_config is None:
+        if beside is not None and _STAMP in gguf.metadata:
+            return beside
         raise CheckpointError(
-            f"{gguf.path} is a Gemma 4 model, and Gemma 4 files are read only to check an export: "
-            "as a base such a file has neither towers nor bf16 values, and what its writer did "
-            "with its embeddings, scalars and tokenizer is not known. Give base.path=FOLDER of the "
-            "Hugging Face checkpoint."
+            f"{gguf.path} is a Gemma 4 model, and of those only qatlora's own exports are read, "
+            "beside their checkpoint: such a file has neither towers nor bf16 values, and what "
+            "another writer did with its embeddings, scalars and tokenizer is not known. Give the "
+            "Hugging Face folder instead (as a base base.path=FOLDER)."
         )
     config = make_config(gguf)
     config.dtype = torch.bfloat16
     return config
+
+
+def require_fit(gguf: GgufFile, config: PreTrainedConfig) -> None:
+    """As `weights_from_gguf`, but only what headers tell: raises where a tensor has no place."""
+    _matched(gguf, config.get_text_config(), _architecture(gguf))
 
 
 def weights_from_gguf(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qatlora.base.from_gguf import config_from_gguf
-from qatlora.base.layout import find_layout
+from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.names import model_name
 from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source, read_source
@@ -119,7 +119,16 @@ def test_a_mixture_of_experts_is_refused(tiny_multimodal_folder: Path, tmp_path:
         find_layout(find_source(base), base)
 
 
-def test_a_gemma4_gguf_is_no_base():
-    gguf = GgufFile(Path("x.gguf"), {"general.architecture": "gemma4"}, {})
-    with pytest.raises(CheckpointError, match=r"Gemma 4 .*only to check an export.*base\.path"):
-        config_from_gguf(gguf)
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_dense"], indirect=True)
+def test_a_gemma4_gguf_is_read_only_if_it_is_our_own_and_beside_its_checkpoint(
+    tiny_multimodal_folder: Path,
+):
+    beside = plain_config(tiny_multimodal_folder)
+    refusal = pytest.raises(CheckpointError, match=r"Gemma 4 .*qatlora's own.*base\.path=FOLDER")
+    foreign = GgufFile(Path("x.gguf"), {"general.architecture": "gemma4"}, {})
+    with refusal:
+        config_from_gguf(foreign, beside)
+    own = GgufFile(Path("x.gguf"), foreign.metadata | {"qatlora.version": "1"}, {})
+    with refusal:
+        config_from_gguf(own)
+    assert config_from_gguf(own, beside) is beside
