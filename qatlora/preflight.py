@@ -21,6 +21,7 @@ from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, Teach
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
+from qatlora.llamacpp import kld_base
 from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
     BF16_BYTES,
@@ -86,7 +87,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak memory of the device, disk below `target`, and time without unpacking."""
     if "build" in cfg.stages:
-        return _estimate_build(cfg, layout)
+        return _estimate_build(cfg, layout)  # its table is measured where there is memory for it
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
     if "teacher_cache" in cfg.stages:
@@ -94,7 +95,7 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     if "validate" in cfg.stages:
         return _estimate_validate(cfg, source, layout, device)
     if "fidelity" in cfg.stages:
-        return _estimate_fidelity(cfg, source, layout, device)
+        return estimate_fidelity(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
     shape = model_shape(plain_config(source.folder), cfg.base.trained)
@@ -157,10 +158,13 @@ def _estimate_benchmark(
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
-def _estimate_fidelity(
+def estimate_fidelity(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
-    """One model at a time, beside the head of its reference, the states and a batch at work."""
+    """One model at a time, beside the head of its reference, the states and a batch at work.
+
+    On disk, for llama.cpp, the reference's logits of one text at a time.
+    """
     settings = cfg.fidelity
     value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
     num_tokens = len(settings.texts) * settings.tokens_per_text
@@ -170,7 +174,9 @@ def _estimate_fidelity(
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
     decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
-    return Needs(memory, _REPORT_BYTES, flops / (_EFFICIENCY * _measured_rate(device)))
+    judged = settings.llama_cpp_tokens if settings.llama_cpp else 0
+    disk = _REPORT_BYTES + judged * kld_base.bytes_per_token(source.vocab_size)
+    return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
 def _estimate_streaming(source: Source, layout: Layout) -> Needs:
@@ -243,19 +249,26 @@ def target(cfg: RootConfig) -> Target:
     return Target(Path(cfg.run_dir), "run_dir")
 
 
+def lacking_memory(needs: Needs, device: torch.device) -> str | None:
+    """How much is needed and free, as a clause; None where it suffices."""
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
+    if needs.memory_bytes <= available:
+        return None
+    return f"about {_gb(needs.memory_bytes)} of memory are needed and {_gb(available)} are free"
+
+
 def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
 
     Raises:
         ResourceError: too little memory or disk, with both figures and a remedy.
     """
-    on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
-    if needs.memory_bytes > available:
+    lacking = lacking_memory(needs, device)
+    if lacking is not None:
         raise ResourceError(
-            f"This run needs about {_gb(needs.memory_bytes)} of memory and {_gb(available)} are "
-            "free. Close other programs, take storage=q4_0 or a smaller base, lower "
-            "train.micro_batch_rows, or set train.gradient_checkpointing=true or "
+            f"For this run, {lacking}. Close other programs, take storage=q4_0 or a smaller base, "
+            "lower train.micro_batch_rows, or set train.gradient_checkpointing=true or "
             "evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
     places = (written_to.folder, *written_to.folder.absolute().parents)

@@ -28,7 +28,7 @@ from qatlora.config import (
 from qatlora.config.chat_rules import check_chat_source
 from qatlora.config.teacher_rules import check_losses, check_teacher
 from qatlora.errors import ConfigError, closest
-from qatlora.model_spec import parse_models
+from qatlora.model_spec import parse_models, parse_vanilla
 
 _MINIMA = {
     "adapter.rank": 1,
@@ -67,6 +67,7 @@ _MINIMA = {
     "fidelity.tokens_per_text": 2,
     "fidelity.window_tokens": 8,
     "fidelity.worst_tokens": 0,
+    "fidelity.llama_cpp_tokens": 100,  # llama-perplexity gives no statistics below
     "teacher.ce_weight": 0,
     "teacher.kl_weight": 0,
     "teacher.general_kl_weight": 0,
@@ -338,6 +339,8 @@ def _check_fidelity(fidelity: FidelityConfig) -> None:
     parse_models("fidelity.models", fidelity.models)
     if fidelity.reference is not None:
         parse_models("fidelity.reference", [fidelity.reference])
+    if fidelity.vanilla is not None:
+        parse_vanilla(fidelity.vanilla)
     if not fidelity.texts or len(set(fidelity.texts)) < len(fidelity.texts):
         raise ConfigError(
             f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. "

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.saved import load_adapter, read_identity
-from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
 from qatlora.base.others import deploy_others
 from qatlora.base.packed import packed_blocks
@@ -24,7 +24,6 @@ from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
 from qatlora.grid import Q4Blocks, decode, encode_reference, recover
-from qatlora.llamacpp.gguf_read import read_gguf
 
 BEFORE = ", before"
 """Behind the name of an adapter run: its base, as it was before training."""
@@ -80,8 +79,7 @@ def load_models(
         AdapterError: the adapter belongs to another base.
     """
     if isinstance(place, GgufModel):
-        config = config_from_gguf(read_gguf(place.path))
-        model = model_from_gguf(place.path, config, settings.dtype).to(settings.device)
+        model = model_from_gguf(place.path, place.config, settings.dtype).to(settings.device)
         yield LoadedModel("", model, place.path.stat().st_size)
     elif isinstance(place, AdapterRun):
         yield from _before_and_after(place, settings, tokenizer)

@@ -3,24 +3,34 @@
 import importlib.metadata
 
 from qatlora import __version__
+from qatlora.report.fidelity_text import card_table
 from qatlora.report.formatting import format_bytes, format_share
 from qatlora.report.results import BaseResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.results_fidelity import FidelityResult
 
 CARD = "README.md"
 _MADE_WITH = {"q4_0": ("torch",), "nf4": ("torch", "transformers", "bitsandbytes")}
 
 
-def model_card(build: BuildResult, base: BaseResult, hub_id: str | None = None) -> str:
+def model_card(
+    build: BuildResult,
+    base: BaseResult,
+    fidelity: FidelityResult | None = None,
+    hub_id: str | None = None,
+) -> str:
     """The text of the card.
 
     Args:
         build: the folder.
         base: the checkpoint it was made from, with figures of its grid.
+        fidelity: the folder beside other builds of the checkpoint, once it has been measured.
         hub_id: of that checkpoint, for the metadata, where it has one.
     """
     what = _Q4_0 if build.storage == "q4_0" else _NF4
     sections = [_front_matter(build, hub_id), what.format(name=base.name), _figures(build, base)]
+    if fidelity is not None:
+        sections.append(_fidelity(fidelity))
     if build.continuation is not None:
         sections.append(
             "## A look at it\n\nLoaded by plain transformers, greedily, after "
@@ -54,6 +64,18 @@ def _figures(build: BuildResult, base: BaseResult) -> str:
     }
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     return f"## How it was made\n\n| | |\n|---|---|\n{table}"
+
+
+def _fidelity(result: FidelityResult) -> str:
+    tokens = {name: text.tokens for name, text in result.models[0].texts.items()}
+    counts = " and ".join(f"{count:,} scored tokens of {name}" for name, count in tokens.items())
+    return (
+        f"## Fidelity\n\n{card_table(result)}\n\nKL(bf16 || build) over the whole vocabulary in "
+        "nats per token, each checkpoint against its own bf16 weights, on one forward in "
+        f"{result.precision}; {counts}, windows of {result.window_tokens} tokens that begin with "
+        "BOS where the tokenizer has one. `Q4_0 ours` are the steps that qatlora searches or "
+        "recovers, `Q4_0 reference` is llama.cpp's rule."
+    )
 
 
 def _quoted(text: str) -> str:

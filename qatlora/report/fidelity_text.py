@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from qatlora.report.escape import inline, table
 from qatlora.report.formatting import format_bytes, format_count, format_figure, format_share
+from qatlora.report.llama_cpp_text import caption, judged, line_cells
 from qatlora.report.results_fidelity import (
     FidelityModel,
     FidelityResult,
@@ -17,6 +18,7 @@ Cells = list[list[str]]
 
 _SIGNIFICANT_STANDARD_ERRORS = 2.0
 _CARD_COLUMNS = ("median", "mean")
+_CARD_TEXTS = {"wiki": "WikiText-like", "c4": "C4-like"}
 
 STATISTICS_HEADER = (
     "text", "model", "tokens", "KLD mean", "median", "p90", "p95", "p99", "p99.9", "max", "min",
@@ -67,19 +69,29 @@ def headlines(result: FidelityResult) -> list[str]:
 
 
 def card_cells(result: FidelityResult) -> tuple[list[str], Cells]:
-    """Header and a row per model, nearest first: size, and median and mean KLD of each text."""
+    """Rows and columns as on public model cards: median and mean KLD of each text, then the size.
+
+    Returns:
+        Header, and a row per model in the order given.
+    """
     texts = list(result.models[0].texts)
-    header = ["model", "size", *(f"{text}, {what}" for text in texts for what in _CARD_COLUMNS)]
+    names = [_CARD_TEXTS.get(text, text) for text in texts]
+    header = ["model", *(f"{name}, {what}" for name in names for what in _CARD_COLUMNS), "size"]
     rows = []
-    for reference in result.references:
-        for model in result.ranked(reference.name):
-            figures = [
-                format_figure(value, decimals=True)
-                for text in texts
-                for value in (model.texts[text].kld.median, model.texts[text].kld.mean)
-            ]
-            rows.append([f"{reference.name} → {model.name}", format_bytes(model.bytes), *figures])
+    for model in result.models:
+        figures = [
+            format_figure(value, decimals=True)
+            for text in texts
+            for value in (model.texts[text].kld.median, model.texts[text].kld.mean)
+        ]
+        rows.append([model.title, *figures, format_bytes(model.bytes)])
     return header, rows
+
+
+def card_table(result: FidelityResult) -> str:
+    """`card_cells` as Markdown."""
+    header, rows = card_cells(result)
+    return _markdown(header, rows, num_left=1)
 
 
 def statistics_cells(result: FidelityResult) -> Cells:
@@ -150,10 +162,14 @@ def self_klds(result: FidelityResult) -> list[tuple[str, str]]:
 
 def fidelity_tables(result: FidelityResult) -> Iterator[str]:
     """Paragraphs of Markdown: the card's table, all statistics, before and after, worst tokens."""
-    header, rows = card_cells(result)
-    yield _markdown(header, rows, num_left=1)
+    yield card_table(result)
     yield inline(LEGEND)
     yield _markdown(STATISTICS_HEADER, statistics_cells(result), num_left=2)
+    if judged(result):
+        yield inline(caption(result))
+    for model in judged(result):
+        yield f"{inline(model.name)}, here and in llama.cpp:"
+        yield _markdown(*line_cells(model), num_left=1)
     yield "\n".join(f"- {inline(line)}" for line in before_after(result))
     for model in result.models:
         if model.worst:

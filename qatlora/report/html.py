@@ -21,6 +21,7 @@ from qatlora.report.fidelity_text import (
     worst_cells,
 )
 from qatlora.report.formatting import format_bytes, format_figure
+from qatlora.report.llama_cpp_text import caption, judged, line_cells
 from qatlora.report.results import RunReport
 from qatlora.report.results_fidelity import FidelityModel, FidelityResult
 
@@ -59,6 +60,7 @@ def to_html(report: RunReport, plots: Mapping[str, bytes]) -> str:
         ("Distribution of the KLD per token", _image(plots, DISTRIBUTION_PLOT)),
         ("KLD by position in the window", _image(plots, POSITION_PLOT)),
         ("All statistics", f'<p class="note">{_text(LEGEND)}</p>{_statistics(result)}'),
+        ("In llama.cpp", _llama_cpp(result)),
         ("Before and after training", _paragraphs(list(before_after(result)))),
         ("Worst tokens", "".join(_worst(model) for model in result.models if model.worst)),
         ("How it was measured", _how(report, result)),
@@ -104,6 +106,14 @@ def _ranking(result: FidelityResult) -> str:
 
 def _statistics(result: FidelityResult) -> str:
     return _table(STATISTICS_HEADER, statistics_cells(result), num_left=2)
+
+
+def _llama_cpp(result: FidelityResult) -> str:
+    models = judged(result)
+    note = f'<p class="note">{_text(caption(result))}</p>' if models else ""
+    return note + "".join(
+        f"<h3>{_text(model.name)}</h3>{_table(*line_cells(model), num_left=1)}" for model in models
+    )
 
 
 def _worst(model: FidelityModel) -> str:

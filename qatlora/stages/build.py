@@ -64,8 +64,16 @@ def build(state: Run) -> None:
             on_grid_share=record.on_grid_share,
             digest=record.base_digest,
         )
-        card = model_card(state.build, state.base_result, cfg.base.hub_id)
-        files.write_text(folder / CARD, card)
+        files.write_text(folder / CARD, _card(state))
+
+
+def write_card(state: Run) -> None:
+    """Write the finished folder's card again, with what has been measured since."""
+    files.write_text(_target(state) / CARD, _card(state))
+
+
+def _card(state: Run) -> str:
+    return model_card(state.build, state.base_result, state.fidelity, state.cfg.base.hub_id)
 
 
 def _target(state: Run) -> Path:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatlora.adapters.deployed import deployed_weight
 from qatlora.adapters.saved import save_adapter
+from qatlora.base.from_gguf import config_from_gguf
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer
 from qatlora.base.source import find_source
@@ -27,6 +28,7 @@ from qatlora.config import BaseConfig
 from qatlora.fidelity.load import BEFORE, LoadSettings, load_models
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
 from qatlora.grid import decode, encode_reference
+from qatlora.llamacpp.gguf_read import read_gguf
 
 FP32 = LoadSettings(torch.device("cpu"), torch.float32, "q8_0")
 
@@ -137,7 +139,8 @@ def test_an_adapter_run_is_its_base_before_and_its_gguf_after(tiny_gemma3_folder
         assert torch.equal(before[weight], decode(before_blocks[name], torch.float32))
         assert torch.equal(after[weight], decode(blocks[name], torch.float32))
         assert not torch.equal(before[weight], after[weight])
-    written = weights(only(GgufModel(candidate.path), tiny_gemma3_folder))
+    config = config_from_gguf(read_gguf(candidate.path))
+    written = weights(only(GgufModel(candidate.path, config), tiny_gemma3_folder))
     assert written.keys() == after.keys()
     linears = {f"{name}.weight" for name in blocks} | {"model.embed_tokens.weight"}
     for name in linears:

@@ -33,8 +33,8 @@ def text(mean: float, stderr: float = 0.001) -> FidelityText:
 def model(name: str, mean: float, **more) -> FidelityModel:
     worst = WorstToken("wiki", 3, 7, 9.5, f"before {HOSTILE}", "\n", " a", " b", 0.9, 1e-4)
     texts = {"wiki": text(mean, more.pop("stderr", 0.001)), "c4": text(2 * mean)}
-    values = {"given": name, "reference": "bf16", "bytes": 241_000_000, "before": None} | more
-    return FidelityModel(name=name, texts=texts, worst=[worst], **values)
+    values = {"title": f"tiny → {name}", "given": name, "reference": "bf16", "bytes": 241_000_000}
+    return FidelityModel(name=name, texts=texts, worst=[worst], **values | more)
 
 
 def report(*models: FidelityModel) -> RunReport:
