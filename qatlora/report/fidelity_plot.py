@@ -61,7 +61,7 @@ def position_figure(result: FidelityResult | None) -> Figure | None:
         for model, (color, line) in zip(result.models, _styles(), strict=False):
             _draw_course(axis, model, text, color, line)
         axis.set(title=text, xlabel="position in the window, tokens")
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # last: it ends the scaling of all panels
     axes[0].set_ylabel("mean KLD, nats per token")
     _legend(axes[-1])
     return figure

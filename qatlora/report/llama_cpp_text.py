@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qatlora.report.formatting import format_count, format_figure
+from qatlora.report.formatting import format_count, format_figure, format_with_error
 from qatlora.report.results_fidelity import FidelityModel, FidelityResult, LlamaCppText
 
 CONSOLE_HEADER = ("text", "model", "line", "ours", "llama.cpp")
@@ -63,6 +63,8 @@ def _sizes(texts: dict[str, LlamaCppText]) -> Iterator[str]:
 
 
 def _value(label: str, value: float, error: float | None) -> str:
-    unit = " %" if any(part in label for part in _PERCENT) else ""
-    figure = format_figure(value, decimals=True)
-    return f"{figure}{unit}" if error is None else f"{figure} ± {error:.1g}{unit}"
+    if error is None:
+        figure = format_figure(value, decimals=True)
+    else:
+        figure = format_with_error(value, error)
+    return f"{figure} %" if any(part in label for part in _PERCENT) else figure
