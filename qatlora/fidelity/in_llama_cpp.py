@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qatlora.data.rows import IGNORED, Text
+from qatlora.errors import FidelityError
 from qatlora.evaluate import ReferenceStates, TokenScores
 from qatlora.fidelity.figures import scored_places
+from qatlora.fidelity.plan import GgufModel
 from qatlora.llamacpp.kld_base import KldBase, first_scored, write_base
 from qatlora.llamacpp.kld_statistics import MIN_TOKENS, PairScores, statistics_of
 from qatlora.llamacpp.perplexity import kl_divergence
+from qatlora.llamacpp.tools import require_tool
 from qatlora.report.results_fidelity import LlamaCppLine, LlamaCppText
 
-SCRATCH = ".llama_cpp-"
-"""How the folder of the base files begins."""
-
+_SCRATCH = ".llama_cpp-"  # as `qatlora.run_folder` knows it, which removes what a killed run left
 _ROWS_AT_ONCE = 32
 
 
@@ -80,6 +81,43 @@ def half_scored(text: Text, window_tokens: int, max_tokens: int) -> HalfScored |
     return HalfScored(text.name, tokens, chosen.nonzero().squeeze(1))
 
 
+def require_judgeable(
+    files: Sequence[GgufModel], parts: Sequence[HalfScored], bos: int | None
+) -> None:
+    """Check that llama-perplexity can score these files.
+
+    Args:
+        files: of the comparison.
+        parts: what can be scored of its texts.
+        bos: what the windows begin with; None for none.
+
+    Raises:
+        ToolError: the program is not there.
+        FidelityError: there is nothing for it to do, or it would see other tokens.
+    """
+    require_tool("llama-perplexity")
+    if not files:
+        raise FidelityError(
+            "fidelity.llama_cpp=true and no GGUF file among fidelity.models: llama.cpp runs "
+            "nothing else. Add FILE.gguf, or leave the setting out."
+        )
+    if not parts:
+        raise FidelityError(
+            "fidelity.llama_cpp=true and no text that fills enough windows: llama-perplexity "
+            f"scores the second half of full windows and needs {MIN_TOKENS} tokens. Add wiki to "
+            "fidelity.texts, raise fidelity.tokens_per_text and fidelity.llama_cpp_tokens, or set "
+            "fidelity.window_tokens lower."
+        )
+    for file in files:
+        if file.bos not in (None, bos):
+            raise FidelityError(
+                f"llama.cpp would begin every window of {file.path} with token {file.bos}, and the "
+                f"base's tokenizer begins it with {'none' if bos is None else bos}: the figures "
+                "would be of other tokens. Correct tokenizer.ggml.add_bos_token in the file, or "
+                "set fidelity.llama_cpp=false."
+            )
+
+
 def judge(
     parts: Sequence[HalfScored],
     reference: Mapping[str, ReferenceStates],
@@ -105,7 +143,7 @@ def judge(
         ToolError: llama-perplexity is missing or failed on a file.
     """
     found: dict[str, dict[str, LlamaCppText]] = {file.name: {} for file in files}
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
         for part in parts:
             path = Path(scratch) / "reference.kld"
             base = _write_reference(part, reference[part.text], compute_dtype, path)

@@ -38,10 +38,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file of any tensor types, and the configuration that it is loaded with."""
+    """A GGUF file of any tensor types.
+
+    Attributes:
+        path: the file.
+        config: what it is loaded with here.
+        bos: the token that llama.cpp puts in front of a window of it; None for none.
+    """
 
     path: Path
     config: PreTrainedConfig
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,9 @@ class Planner:
         require_fit(gguf, config)
         words = {word: number for number, word in enumerate(gguf.require("tokenizer.ggml.tokens"))}
         self._compare_words(words, gguf.tensors["token_embd.weight"].shape[0], path)
-        return GgufModel(path, config)
+        adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", False)
+        bos = gguf.metadata.get("tokenizer.ggml.bos_token_id") if adds_bos else None
+        return GgufModel(path, config, bos)
 
     def _own_reference(self, found: Compared, spec: ModelSpec) -> Compared:
         place = found.place

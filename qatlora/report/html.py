@@ -45,7 +45,8 @@ td.l, th.l { text-align: left; }
 .bar { background: #0072b2; height: .8em; display: inline-block; border-radius: 2px; }
 .first .bar { background: #009e73; } .first td { font-weight: 600; }
 mark { background: #ffe9a8; padding: 0 .15em; border-radius: 2px; white-space: pre-wrap; }
-h3 { font-size: 1em; } .note { color: #555; } img { max-width: 100%; } summary { cursor: pointer; margin: .4em 0; }
+h3 { font-size: 1em; } .note { color: #555; } img { max-width: 100%; }
+summary { cursor: pointer; margin: .4em 0; }
 """
 _MAX_BAR_EM = 22.0
 
@@ -64,11 +65,8 @@ def to_html(report: RunReport, plots: Mapping[str, bytes]) -> str:
         ("", _verdict(result)),
         ("Which build to ship", "".join(_ranking(result, each) for each in result.references)),
         ("Median and mean KLD", _table(*card_cells(result), num_left=1)),
-        (
-            "Distribution of the KLD per token",
-            _image(plots, DISTRIBUTION_PLOT, "Share of tokens above a KLD"),
-        ),
-        ("KLD by position in the window", _image(plots, POSITION_PLOT, "Mean KLD by position")),
+        ("Distribution of the KLD per token", _image(plots, DISTRIBUTION_PLOT)),
+        ("KLD by position in the window", _image(plots, POSITION_PLOT)),
         ("All statistics", f'<p class="note">{_text(LEGEND)}</p>{_statistics(result)}'),
         ("In llama.cpp", _llama_cpp(result)),
         ("Before and after training", _changes(result)),
@@ -188,11 +186,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: in
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _image(plots: Mapping[str, bytes], name: str, description: str) -> str:
+def _image(plots: Mapping[str, bytes], name: str) -> str:
     if name not in plots:
         return ""
     data = base64.b64encode(plots[name]).decode("ascii")
-    return f'<img alt="{description}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{name}" src="data:image/png;base64,{data}">'
 
 
 def _paragraphs(lines: Sequence[str]) -> str:

@@ -13,15 +13,21 @@ from torch import nn
 from qatlora import progress
 from qatlora.base.layout import find_layout
 from qatlora.base.source import read_source
+from qatlora.data.encode import expected_bos
 from qatlora.data.measured import measured_texts
 from qatlora.errors import FidelityError
 from qatlora.evaluate import ScoreSettings, TokenScores
 from qatlora.evaluate.models import Evaluation
 from qatlora.fidelity.figures import text_figures, worst_tokens
-from qatlora.fidelity.in_llama_cpp import HalfScored, JudgedFile, half_scored, judge
+from qatlora.fidelity.in_llama_cpp import (
+    HalfScored,
+    JudgedFile,
+    half_scored,
+    judge,
+    require_judgeable,
+)
 from qatlora.fidelity.load import LoadSettings, load_models
 from qatlora.fidelity.plan import Checkpoint, Compared, Comparison, GgufModel, Planner
-from qatlora.llamacpp.tools import require_tool
 from qatlora.model_spec import parse_models, parse_vanilla
 from qatlora.preflight import estimate_fidelity, lacking_memory
 from qatlora.report.results_fidelity import (
@@ -68,24 +74,8 @@ def check_fidelity(state: Run) -> None:
     )
     state.measured = texts
     if settings.llama_cpp:
-        _check_llama_cpp(state)
-
-
-def _check_llama_cpp(state: Run) -> None:
-    settings = state.cfg.fidelity
-    require_tool("llama-perplexity")
-    if not any(_files(comparison) for comparison in state.comparisons):
-        raise FidelityError(
-            f"fidelity.llama_cpp=true, and none of fidelity.models={settings.models} is a GGUF "
-            "file, which is all that llama.cpp runs. Add FILE.gguf, or leave the setting out."
-        )
-    if not _half_scored(state):
-        raise FidelityError(
-            f"fidelity.llama_cpp=true, and no text of fidelity.texts={settings.texts} fills enough "
-            f"windows of {settings.window_tokens} tokens: llama-perplexity scores the second half "
-            "of full windows, 100 tokens at least and fidelity.llama_cpp_tokens="
-            f"{settings.llama_cpp_tokens} at most. Add wiki, or set fidelity.window_tokens lower."
-        )
+        files = [model.place for group in state.comparisons for model in _files(group)]
+        require_judgeable(files, _half_scored(state), expected_bos(state.tokenizer))
 
 
 def fidelity(state: Run) -> None:

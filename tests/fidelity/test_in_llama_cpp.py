@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
+import torch
 from fidelity_cases import compare, settings
 from loaded_cases import adapted_model, candidate_of
 from pipeline_cases import write_data
+from transformers import LlamaConfig
 
 from qatlora import pipeline
 from qatlora.data.rows import IGNORED, Row, Text
 from qatlora.errors import FidelityError, ToolError
-from qatlora.fidelity.in_llama_cpp import half_scored
+from qatlora.fidelity.in_llama_cpp import HalfScored, half_scored, require_judgeable
+from qatlora.fidelity.plan import GgufModel
 from qatlora.llamacpp.kld_statistics import MIN_TOKENS
 from qatlora.llamacpp.tools import TOOLS_VARIABLE, convert_types
 from qatlora.report.json_report import load_schema, to_json
@@ -100,18 +104,30 @@ def test_what_cannot_be_judged_is_refused_before_any_model_is_loaded(
     (tmp_path / "llama-perplexity").touch()
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
     cfg = settings(tiny_llama_folder, data, tmp_path / "run", models=["q4_0"], llama_cpp=True)
-    with pytest.raises(FidelityError, match=r"is a GGUF .*Add FILE\.gguf"):
+    with pytest.raises(FidelityError, match=r"no GGUF file among .*Add FILE\.gguf"):
         pipeline.run(cfg)
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ToolError, match="llama-perplexity is not there"):
         pipeline.run(cfg)
 
 
+def test_a_file_that_begins_its_windows_with_another_token_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "llama-perplexity").touch()
+    monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
+    part = HalfScored("wiki", np.zeros((4, WINDOW), np.int32), torch.arange(124))
+    for bos in (2, None):
+        require_judgeable([GgufModel(tmp_path, LlamaConfig(), bos)], [part], 2)
+    with pytest.raises(FidelityError, match="with token 2, and the base's tokenizer .* none"):
+        require_judgeable([GgufModel(tmp_path, LlamaConfig(), 2)], [part], None)
+
+
 @pytest.mark.llama_cpp
 def test_texts_without_full_windows_are_refused(
     tiny_llama_folder: Path, gguf: Path, data: dict[str, Path], tmp_path: Path
 ):
-    with pytest.raises(FidelityError, match=r"fills enough windows of 64 tokens.*Add wiki"):
+    with pytest.raises(FidelityError, match=r"fills enough windows.*needs 100 tokens\. Add wiki"):
         compare(
             tiny_llama_folder,
             data,
