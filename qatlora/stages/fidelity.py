@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from qatlora import progress
+from qatlora import memory, progress
 from qatlora.base.layout import find_layout
 from qatlora.base.source import read_source
 from qatlora.data.encode import expected_bos
 from qatlora.data.measured import measured_texts
+from qatlora.distill import LmHead
 from qatlora.errors import FidelityError
 from qatlora.evaluate import ScoreSettings, TokenScores
 from qatlora.evaluate.models import Evaluation
@@ -88,6 +89,7 @@ def fidelity(state: Run) -> None:
     for comparison in state.comparisons:
         evaluation = Evaluation(state.measured, _score_settings(state))
         references.append(_run_reference(state, comparison.reference, evaluation))
+        memory.give_back()
         measured = _run_models(state, comparison, evaluation)
         if state.cfg.fidelity.llama_cpp:
             measured = _judge_in_llama_cpp(state, comparison, evaluation, measured)
@@ -134,7 +136,11 @@ def _run_reference(state: Run, reference: Compared, evaluation: Evaluation) -> F
             "fidelity.precision=fp32, or another device."
         )
     with state.bar(f"run {reference.label}", evaluation.num_tokens, "tokens") as advance:
-        evaluation.teacher = evaluation.states_of(loaded.model, advance)
+        states = evaluation.states_of(loaded.model, advance)
+    head = LmHead.of(loaded.model).apart()
+    evaluation.teacher = {
+        name: dataclasses.replace(each, head=head) for name, each in states.items()
+    }
     return FidelityReference(reference.label, reference.text, loaded.num_bytes, self_kld)
 
 
@@ -162,6 +168,7 @@ def _run_models(state: Run, comparison: Comparison, evaluation: Evaluation) -> l
             )
             before = name
             del loaded  # or it would still be in memory while the next one is loaded
+            memory.give_back()
     return results
 
 

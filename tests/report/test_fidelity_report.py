@@ -53,7 +53,7 @@ def report(*models: FidelityModel) -> RunReport:
 
 def test_the_headline_names_the_nearest_first_and_its_size():
     (line,) = headlines(report(model("nf4", 0.2), model("q4_0", 0.1)).fidelity)
-    assert line.index("q4_0 0.15 ± 0.0007 (241 MB)") < line.index("nf4 0.3")
+    assert line.index("q4_0 0.1500 ± 0.0007 (241 MB)") < line.index("nf4 0.3")
     assert "told apart" not in line
 
 
