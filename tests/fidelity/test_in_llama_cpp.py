@@ -22,6 +22,7 @@ from qatlora.report.json_report import load_schema, to_json
 from qatlora.report.results import RunReport
 
 WINDOW = 64
+OF_RUN = {"llama_cpp": True, "window_tokens": 128}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def report(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> RunReport:
     run_dir = tmp_path_factory.mktemp("run")
-    report = compare(tiny_llama_folder, data, run_dir, models=["q4_0", str(gguf)], llama_cpp=True)
+    report = compare(tiny_llama_folder, data, run_dir, models=["q4_0", str(gguf)], **OF_RUN)
     assert not [path for path in run_dir.iterdir() if path.is_dir()]
     assert "here and in llama.cpp" in (run_dir / "report.md").read_text("utf-8")
     assert "<h2>In llama.cpp</h2>" in (run_dir / "report.html").read_text("utf-8")
@@ -60,7 +61,7 @@ def test_both_columns_are_one_model_against_one_reference(report: RunReport, dat
     (found,) = file.llama_cpp.items()  # conversations are no full windows
     name, text = found
     assert name == data["text"].name
-    assert text.tokens == text.windows * (WINDOW // 2 - 1) >= MIN_TOKENS
+    assert text.tokens == text.windows * 63 >= MIN_TOKENS
     lines = {line.label: line for line in text.lines}
     assert len(lines) == 34
     assert lines["Mean KLD"].ours > 0.01
@@ -103,7 +104,7 @@ def test_what_cannot_be_judged_is_refused_before_any_model_is_loaded(
 ):
     (tmp_path / "llama-perplexity").touch()
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
-    cfg = settings(tiny_llama_folder, data, tmp_path / "run", models=["q4_0"], llama_cpp=True)
+    cfg = settings(tiny_llama_folder, data, tmp_path / "run", models=["q4_0"], **OF_RUN)
     with pytest.raises(FidelityError, match=r"no GGUF file among .*Add FILE\.gguf"):
         pipeline.run(cfg)
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path / "nowhere"))
@@ -133,6 +134,6 @@ def test_texts_without_full_windows_are_refused(
             data,
             tmp_path,
             models=[str(gguf)],
-            llama_cpp=True,
             texts=["chats"],
+            **OF_RUN,
         )
