@@ -21,6 +21,7 @@ import torch
 
 from qatlora import registry
 from qatlora.base.load import load_plain, load_tokenizer
+from qatlora.base.source import read_source
 from qatlora.base.unpack import embedded_base
 from qatlora.data.encode import expected_bos
 from qatlora.data.rows import Row
@@ -28,22 +29,11 @@ from qatlora.data.text import open_general, windows
 from qatlora.data.windows import half_scored_windows
 from qatlora.evaluate import evaluate_text, reference_states
 from qatlora.evaluate.logits import scored_logits
-from qatlora.export.folders import copy_side_files
-from qatlora.llamacpp.convert import convert
+from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.llamacpp.kld_base import KldBase, write_base
 from qatlora.llamacpp.perplexity import kl_divergence, perplexity
 
 WINDOW, SHORT, LONG, ROUNDS = 512, 2, 10, 5
-
-
-def bf16_gguf(folder: Path, scratch: Path) -> Path:
-    staging, target = scratch / "staging", scratch / "bf16.gguf"
-    staging.mkdir()
-    copy_side_files(folder, staging)
-    for path in (folder / "config.json", *folder.glob("*.safetensors")):
-        (staging / path.name).symlink_to(path)
-    convert(staging, target, "bf16", {})
-    return target
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -78,7 +68,8 @@ def main(name: str) -> None:
     model = load_plain(folder, cpu, torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        gguf, document = bf16_gguf(folder, place), place / "text.txt"
+        gguf, document = place / "bf16.gguf", place / "text.txt"
+        write_plain_gguf(read_source(folder, name), True, gguf)  # both embedded bases are tied
         document.write_text(text, encoding="utf-8")
         bases = {
             count: base_file(model, rows[:count], place / f"{count}.kld") for count in (SHORT, LONG)
