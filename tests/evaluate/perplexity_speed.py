@@ -6,10 +6,11 @@ Two tasks: the perplexity of a text, and the KLD from a reference that was run b
 hidden states here, its base file of logits there). Both programs score the second halves of the
 same windows and take turns, ours, theirs, ours, theirs; the medians count. Theirs is the time of a
 long run minus that of a short one, so that starting, loading and tokenizing are left out; ours
-begins with the model in memory.
+begins with the model in memory. On cores that others use only the CPU seconds mean something, and
+they with OMP_NUM_THREADS=1.
 """
 
-import statistics
+import os
 import sys
 import tempfile
 import time
@@ -36,26 +37,29 @@ from qatlora.llamacpp.perplexity import kl_divergence, perplexity
 WINDOW, SHORT, LONG, ROUNDS = 512, 2, 10, 5
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def spent(work: Callable[[], object]) -> np.ndarray:
+    """Seconds on the clock, and of all cores in this process and the programs it ran."""
+    start = np.array([time.perf_counter(), sum(os.times()[:4])])
     work()
-    return time.perf_counter() - start
+    return np.array([time.perf_counter(), sum(os.times()[:4])]) - start
 
 
-def rates(ours: Callable[[], object], theirs: Callable[[int], object]) -> list[tuple[float, float]]:
-    """Tokens of whole windows per second, ours and theirs, round by round."""
-    found = []
+def report(task: str, ours: Callable[[], object], theirs: Callable[[int], object]) -> None:
+    """Run both in turns and print tokens of whole windows per second, ours and theirs."""
+    own, other = [], []
     for _ in range(ROUNDS):
-        own = LONG / seconds(ours)
-        other = (LONG - SHORT) / (seconds(lambda: theirs(LONG)) - seconds(lambda: theirs(SHORT)))
-        found.append((own * WINDOW, other * WINDOW))
-    return found
-
-
-def report(task: str, found: list[tuple[float, float]]) -> None:
-    own, other = (statistics.median(column) for column in zip(*found, strict=True))
-    rounds = ", ".join(f"{a:.0f}/{b:.0f}" for a, b in found)
-    print(f"{task:<12}{own:8.0f} here, {other:8.0f} llama.cpp, ratio {own / other:.2f} ({rounds})")
+        own.append(LONG * WINDOW / spent(ours))
+        long, short = spent(lambda: theirs(LONG)), spent(lambda: theirs(SHORT))
+        other.append((LONG - SHORT) * WINDOW / (long - short))
+    for kind, a, b in zip(
+        ("second", "CPU second"), np.transpose(own), np.transpose(other), strict=True
+    ):
+        rounds = ", ".join(f"{x:.0f}/{y:.0f}" for x, y in zip(a, b, strict=True))
+        here, there = np.median(a), np.median(b)
+        print(
+            f"{task:<11} tokens per {kind:<11}{here:7.0f} here {there:7.0f} llama.cpp, "
+            f"ratio {here / there:.2f} ({rounds})"
+        )
 
 
 def main(name: str) -> None:
@@ -79,17 +83,13 @@ def main(name: str) -> None:
         print(f"{name}, {threads[1]} threads, {LONG} windows of {WINDOW} tokens, {ROUNDS} rounds")
         report(
             "perplexity",
-            rates(
-                lambda: evaluate_text(model, rows),
-                lambda count: perplexity(gguf, document, WINDOW, count, threads),
-            ),
+            lambda: evaluate_text(model, rows),
+            lambda count: perplexity(gguf, document, WINDOW, count, threads),
         )
         report(
             "KLD",
-            rates(
-                lambda: evaluate_text(model, rows, [reference]),
-                lambda count: kl_divergence(gguf, bases[count], threads),
-            ),
+            lambda: evaluate_text(model, rows, [reference]),
+            lambda count: kl_divergence(gguf, bases[count], threads),
         )
 
 
