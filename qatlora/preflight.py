@@ -7,7 +7,7 @@ matrix product; the run's report holds what it really took.
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +87,12 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak memory of the device, disk below `target`, and time without unpacking."""
     if "build" in cfg.stages:
-        return _estimate_build(cfg, layout)  # its table is measured where there is memory for it
+        needs = _estimate_build(cfg, layout)
+        if "fidelity" not in cfg.stages:
+            return needs
+        # Of its table only the time: it is left out where there is no memory for it.
+        table = estimate_fidelity(cfg, source, layout, device)
+        return replace(needs, seconds=needs.seconds + table.seconds)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
     if "teacher_cache" in cfg.stages:
