@@ -64,12 +64,15 @@ Place = Checkpoint | GgufModel | AdapterRun
 
 @dataclass(frozen=True)
 class Compared:
-    """A model: its name in tables, its title among model cards, as it was typed, where it is."""
+    """A model by the name it has in tables, as it was typed, and where it is.
+
+    `title` says what it is beside its reference, as rows of public model cards do.
+    """
 
     label: str
-    title: str
     text: str
     place: Place
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Planner:
             if spec.storage is not None:
                 require_storage(place.source, _GRID_KIND.get(spec.storage, spec.storage))
             self._require_same_words(place.source)
-        return Compared(label, label, spec.text, place)
+        return Compared(label, spec.text, place)
 
     def _title(self, found: Compared, spec: ModelSpec, reference: Compared) -> str:
         if spec.storage not in _STORED_AS:
@@ -157,15 +160,14 @@ class Planner:
         if rounded and has_bf16_values(place.source):
             own = Checkpoint(place.source, place.layout, "bf16")
             label, text = (f"{name.rpartition('@')[0]}@bf16" for name in (found.label, spec.text))
-            return Compared(label, label, text, own)
+            return Compared(label, text, own)
         if not has_bf16_values(self.base.source):
             raise FidelityError(
                 f"{self.base.source.folder} is a build that does not hold the bf16 values any more "
                 f"with which {found.text} would be compared. Give the bf16 checkpoint as base.path "
                 "and the build in fidelity.models, or name it in fidelity.reference."
             )
-        own = Checkpoint(self.base.source, self.base.layout, "bf16")
-        return Compared("bf16", "bf16", "bf16", own)
+        return Compared("bf16", "bf16", Checkpoint(self.base.source, self.base.layout, "bf16"))
 
     def _require_same_words(self, source: Source) -> None:
         if source.folder == self.base.source.folder:

@@ -109,18 +109,10 @@ def _put_build(state: Run) -> None:
     """Measure the folder itself where the base in its storage was asked for."""
     built = read_source(Path(state.build.path), state.source.name)
     place = Checkpoint(built, find_layout(built, state.cfg.base), None)
-    state.comparisons = [
-        dataclasses.replace(
-            comparison,
-            models=[
-                dataclasses.replace(model, place=place)
-                if model.text == state.build.storage
-                else model
-                for model in comparison.models
-            ],
-        )
-        for comparison in state.comparisons
-    ]
+    for comparison in state.comparisons:
+        for index, model in enumerate(comparison.models):
+            if model.text == state.build.storage:
+                comparison.models[index] = dataclasses.replace(model, place=place)
 
 
 def _run_reference(state: Run, reference: Compared, evaluation: Evaluation) -> FidelityReference:
