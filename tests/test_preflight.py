@@ -103,6 +103,19 @@ def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
     )
 
 
+def test_a_comparison_counts_the_base_file_of_one_text_where_llama_cpp_judges(
+    tiny_llama_folder: Path,
+) -> None:
+    cfg = RootConfig(stages=["preflight", "fidelity", "report"])
+    cfg.base.path, cfg.fidelity.llama_cpp_tokens = str(tiny_llama_folder), 500
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    cfg.fidelity.llama_cpp = True
+    judged = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    assert judged.disk_bytes - needs.disk_bytes == 500 * 2 * (384 + 4)
+
+
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
