@@ -3,6 +3,8 @@
 from enum import Enum
 
 STAGES = (
+    "doctor",
+    "apply_patch",
     "preflight",
     "plan",
     "inspect",

@@ -223,6 +223,8 @@ class ExportConfig:
     file_name: str | None = None
     """Name inside the run folder; null: made from the base's name."""
     other_type: OtherType = OtherType.q8_0
+    patch: bool = False
+    """Of an adapter of kind steps: also a small patch, and the base's GGUF that it belongs to."""
 
 
 @dataclass

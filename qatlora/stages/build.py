@@ -11,7 +11,7 @@ from qatlora.export.folders import copy_side_files
 from qatlora.report.card import CARD, model_card
 from qatlora.report.results import BaseResult
 from qatlora.report.results_build import BuildResult
-from qatlora.state import Run
+from qatlora.state import Run, report_of
 
 _BUILDERS = {"q4_0": build_q4_0, "nf4": build_nf4}
 _LABELS = {"q4_0": "Q4_0", "nf4": "NF4"}
@@ -64,16 +64,16 @@ def build(state: Run) -> None:
             on_grid_share=record.on_grid_share,
             digest=record.base_digest,
         )
-        files.write_text(folder / CARD, _card(state))
+        _write_card(state, folder)
 
 
-def write_card(state: Run) -> None:
-    """Write the finished folder's card again, with what has been measured since."""
-    files.write_text(_target(state) / CARD, _card(state))
+def write_card_again(state: Run) -> None:
+    """Write the finished folder's card with what has been measured since."""
+    _write_card(state, _target(state))
 
 
-def _card(state: Run) -> str:
-    return model_card(state.build, state.base_result, state.fidelity, state.cfg.base.hub_id)
+def _write_card(state: Run, folder: Path) -> None:
+    files.write_text(folder / CARD, model_card(report_of(state)))
 
 
 def _target(state: Run) -> Path:

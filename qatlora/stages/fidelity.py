@@ -37,7 +37,7 @@ from qatlora.report.results_fidelity import (
     FidelityResult,
     FidelityText,
 )
-from qatlora.stages.build import write_card
+from qatlora.stages.build import write_card_again
 from qatlora.state import Run, dtype_of
 
 
@@ -102,7 +102,7 @@ def fidelity(state: Run) -> None:
         precision=str(dtype_of(settings.precision)).removeprefix("torch."),
     )
     if state.build is not None:
-        write_card(state)
+        write_card_again(state)
 
 
 def _put_build(state: Run) -> None:
