@@ -169,10 +169,7 @@ def _estimate_benchmark(
 def estimate_fidelity(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
-    """One model at a time, beside the head of its reference, the states and a batch at work.
-
-    On disk, for llama.cpp, the reference's logits of one text at a time.
-    """
+    """One model at a time, a reference's head and states; on disk its logits for llama.cpp."""
     settings = cfg.fidelity
     value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
     num_tokens = len(settings.texts) * settings.tokens_per_text

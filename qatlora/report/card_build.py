@@ -52,16 +52,15 @@ def _figures(report: RunReport) -> str:
 
 
 def _fidelity(result: FidelityResult) -> Iterator[str]:
-    texts = result.models[0].texts.items()
-    counts = " and ".join(
-        f"{text.tokens:,} scored tokens of {inline(name)}" for name, text in texts
-    )
+    tokens = {name: text.tokens for name, text in result.models[0].texts.items()}
+    counts = " and ".join(f"{count:,} of {inline(name)}" for name, count in tokens.items())
     yield card_table(result)
     yield (
-        "KL(bf16 || build) over the whole vocabulary in nats per token, each checkpoint against its "
-        f"own bf16 weights, on one forward in {result.precision}; {counts}, windows of "
-        f"{result.window_tokens} tokens that begin with BOS where the tokenizer has one. `Q4_0 ours` "
-        "are the steps that qatlora searches or recovers, `Q4_0 reference` is llama.cpp's rule."
+        "KL(bf16 || build) over the whole vocabulary in nats per token, each checkpoint against "
+        f"its own bf16 weights, on one forward in {result.precision}; scored tokens: {counts}, in "
+        f"windows of {result.window_tokens} that begin with BOS where the tokenizer has one. "
+        "`Q4_0 ours` are the steps that qatlora searches or recovers, `Q4_0 reference` is "
+        "llama.cpp's rule."
     )
 
 
