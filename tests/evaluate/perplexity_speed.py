@@ -24,11 +24,12 @@ from qatlora import registry
 from qatlora.base.load import load_plain, load_tokenizer
 from qatlora.base.source import read_source
 from qatlora.base.unpack import embedded_base
+from qatlora.config import EvaluateConfig
 from qatlora.data.encode import expected_bos
 from qatlora.data.rows import Row
 from qatlora.data.text import open_general, windows
 from qatlora.data.windows import half_scored_windows
-from qatlora.evaluate import evaluate_text, reference_states
+from qatlora.evaluate import ScoreSettings, evaluate_text, reference_states
 from qatlora.evaluate.logits import scored_logits
 from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.llamacpp.kld_base import KldBase, write_base
@@ -70,6 +71,7 @@ def main(name: str) -> None:
         list(windows([text], tokenizer, WINDOW)), expected_bos(tokenizer), WINDOW, LONG
     )
     model = load_plain(folder, cpu, torch.bfloat16)
+    settings = ScoreSettings(chunk_tokens=EvaluateConfig().tokens_per_chunk)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         gguf, document = place / "bf16.gguf", place / "text.txt"
@@ -78,17 +80,17 @@ def main(name: str) -> None:
         bases = {
             count: base_file(model, rows[:count], place / f"{count}.kld") for count in (SHORT, LONG)
         }
-        reference = reference_states(model, rows)
+        reference = reference_states(model, rows, settings)
         threads = ("-t", str(torch.get_num_threads()))
         print(f"{name}, {threads[1]} threads, {LONG} windows of {WINDOW} tokens, {ROUNDS} rounds")
         report(
             "perplexity",
-            lambda: evaluate_text(model, rows),
+            lambda: evaluate_text(model, rows, (), settings),
             lambda count: perplexity(gguf, document, WINDOW, count, threads),
         )
         report(
             "KLD",
-            lambda: evaluate_text(model, rows, [reference]),
+            lambda: evaluate_text(model, rows, [reference], settings),
             lambda count: kl_divergence(gguf, bases[count], threads),
         )
 
