@@ -68,7 +68,9 @@ def change(root: RootConfig, key: str, value: object) -> RootConfig:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_has_a_full_card_and_known_stages(recipe):
     root = to_dataclasses(compose(f"recipe={recipe}"))
-    assert all(dataclasses.asdict(root.card).values())
+    card = dataclasses.asdict(root.card)
+    card.pop("example")  # a recipe may need no setting
+    assert all(card.values())
     assert root.stages == [stage for stage in STAGES if stage in root.stages]
 
 

@@ -26,6 +26,7 @@ class BuildConfig:
     prompt: str = "The capital of France is"
     """What an NF4 build must go on from before it is kept."""
     max_new_tokens: int = 16
+    """Length of that sentence at most."""
 
 
 @dataclass
