@@ -77,8 +77,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
-        # transformers quantizes to NF4 while it loads; a build is packed already.
-        loads_dense=loads_dense and cfg.storage.kind is not Storage.nf4,
+        loads_dense=loads_dense,
         on_host=on_host,
     )
 
@@ -182,9 +181,12 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
 
 def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
     """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
-    others = layout.num_parameters - layout.num_grid_weights
-    bits = CODE_BITS[cfg.storage.kind.name] + STEP_BITS
-    built = layout.num_grid_weights * bits / 8 + others * BF16_BYTES
+    coded = layout.num_grid_weights
+    if cfg.storage.kind is Storage.nf4:  # experts stay bf16 in its folder
+        coded -= layout.num_expert_weights
+    bits = CODE_BITS[cfg.storage.kind.name]
+    built = coded * bits / 8 + (layout.num_parameters - coded) * BF16_BYTES
+    built += layout.num_grid_weights * STEP_BITS / 8
     memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
     memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
     if cfg.storage.kind is Storage.nf4:

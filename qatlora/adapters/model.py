@@ -15,13 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.deployed import AdapterRule, LatentRule, deployed_weight
+from qatlora.adapters.expert_layer import StackAdapter
 from qatlora.adapters.latent_layer import LatentLinear
 from qatlora.adapters.layer import GridAdapter
+from qatlora.base.experts import ExpertStack
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
 from qatlora.grid import Q4Blocks, decode, digest, settle
 
-GridLayer = GridLinear | GridAdapter | LatentLinear
+BaseLayer = GridLinear | ExpertStack
+GridLayer = BaseLayer | GridAdapter | StackAdapter | LatentLinear
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class GridModel(ABC):
     def base_blocks(self) -> Iterator[tuple[str, Q4Blocks]]:
         """Yield (tensor name, the blocks before training)."""
         for name, layer in self.layers():
-            base = layer if isinstance(layer, GridLinear) else layer.get_base_layer()
+            base = layer if isinstance(layer, BaseLayer) else layer.get_base_layer()
             yield name, base.base_blocks()
 
     def deployed_digests(self) -> dict[str, str]:
@@ -84,7 +87,7 @@ class GridModel(ABC):
     def keep_blocks(self, keep: bool) -> None:
         """Let every trained layer keep its blocks from forward to backward pass, or not."""
         for _, layer in self.layers():
-            if not isinstance(layer, GridLinear):
+            if not isinstance(layer, BaseLayer):
                 layer.keeps_blocks = keep
 
     def settle(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qatlora.base.names import weight_key
 from qatlora.config import GuardConfig
 from qatlora.errors import ExportError
 from qatlora.export.candidate import Candidate
@@ -37,7 +38,7 @@ def identity_gate(
     first_difference = ""
     for name, blocks in deployed:
         expected = pack(blocks).cpu()
-        stored = stored_rows(opened, candidate.places[f"{name}.weight"], expected.shape)
+        stored = stored_rows(opened, candidate.places[weight_key(name)], expected.shape)
         differing = (expected != stored).unflatten(-1, (-1, BLOCK_BYTES)).any(-1)
         count = int(differing.sum())
         if recorded.get(name) != digest(blocks):

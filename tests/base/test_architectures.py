@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qatlora.base.architectures import matching_linears, tensor_lists
+from qatlora.base.architectures import matching_weights, tensor_lists
 from qatlora.base.published import published_config, published_names
 
 # Trained; Q4_0 in the GGUF. 31B: 50 sliding layers of 7 linears and 10 full ones of 6, whose keys
@@ -39,9 +39,9 @@ def test_every_published_configuration_is_counted():
 def test_the_lists_hold_the_linears_of_the_decoder_and_nothing_else(name: str):
     model = skeleton(name)
     lists = tensor_lists(model.config.model_type)
-    trained = matching_linears(model, lists.trained)
-    assert (len(trained), len(matching_linears(model, lists.q4_0))) == LINEARS[name]
-    assert matching_linears(model, lists.nf4) == trained
+    trained = matching_weights(model, lists.trained)
+    assert (len(trained), len(matching_weights(model, lists.q4_0))) == LINEARS[name]
+    assert matching_weights(model, lists.nf4) == trained
     decoder = {id(module) for module in model.get_decoder().modules()}
     assert all(id(model.get_submodule(module)) in decoder for module in trained)
 
@@ -51,7 +51,7 @@ def test_the_600_linears_of_the_public_nf4_build_are_410_and_the_vision_tower():
     model = skeleton("gemma4_31b")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     tower = [name for name in linears if name.startswith("model.vision_tower.")]
-    decoder = matching_linears(model, tensor_lists("gemma4").nf4)
+    decoder = matching_weights(model, tensor_lists("gemma4").nf4)
     assert (len(decoder), len(tower)) == (410, 190)
     assert len(decoder) + len(tower) == 600
 
