@@ -142,4 +142,6 @@ def put_layer(model: nn.Module, name: str, stores: Sequence[Store]) -> None:
     parent, _, projection = name.rpartition(".")
     if not isinstance(model.get_submodule(parent), RoutedExperts):
         model.set_submodule(parent, RoutedExperts(model.get_submodule(parent)))
-    setattr(model.get_submodule(parent), projection, ExpertStack(name, stores))
+    experts = model.get_submodule(parent)
+    delattr(experts, projection)  # a parameter, which no module may overwrite
+    experts.add_module(projection, ExpertStack(name, stores))

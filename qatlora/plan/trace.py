@@ -64,7 +64,7 @@ class _KeepsInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, parameter: Tensor, out_features: int, keeps: bool) -> Tensor:
         if keeps:
             ctx.save_for_backward(x)
-        return x.new_empty(*x.shape[:-1], out_features, dtype=torch.bfloat16)
+        return x.new_empty(*x.shape[:-1], out_features)
 
 
 class _TracedExperts(nn.Module):
@@ -78,7 +78,7 @@ class _TracedExperts(nn.Module):
             setattr(self, f"traced_{projection}", _TracedLinear(weight.shape[1], trained=is_trained))
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0).bfloat16()
+        rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)
         gate, up = self.traced_gate_up_proj(rows).chunk(2, dim=-1)
         share = self.traced_down_proj(self.act_fn(gate) * up) * top_k_weights.reshape(-1, 1)
         return share.unflatten(0, (len(hidden), -1)).sum(1).to(hidden.dtype)
