@@ -128,7 +128,7 @@ def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: tor
     memory = _IMPORTED_LIBRARIES_BYTES + models + _CACHE_CHUNKS * chunk
     disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
     disk += (head + 2 * cfg.data.eval_tokens * shape.hidden_size) * BF16_BYTES
-    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
+    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_active_weights + head)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
@@ -167,7 +167,7 @@ def _estimate_fidelity(
     states = num_tokens * int(source.text_config["hidden_size"]) * value_bytes
     model = layout.num_parameters * (value_bytes + BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
     return Needs(memory, _REPORT_BYTES, flops / (_EFFICIENCY * _measured_rate(device)))
 
@@ -198,7 +198,7 @@ def _estimate_validate(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """One model after the other: in bf16, and in fp32 where an adapter is merged or types read."""
-    decoder = 2.0 * (layout.num_grid_weights + source.num_head_weights)
+    decoder = 2.0 * (layout.num_active_weights + source.num_head_weights)
     tokens = 2 * _VALIDATED_MODELS * cfg.data.eval_tokens  # of two texts
     memory = _IMPORTED_LIBRARIES_BYTES + layout.num_parameters * (FP32_BYTES + BF16_BYTES)
     disk = layout.num_parameters * (2 * BF16_BYTES + 1)  # in the temporary folder
@@ -213,7 +213,7 @@ def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
     trained = cfg.train.max_steps * cfg.train.rows_per_step * row_tokens if "train" in stages else 0
     evaluations = len({"evaluate_base", "evaluate_trained", "guard"} & stages) + 1
     evaluated = 2 * evaluations * cfg.data.eval_tokens
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     # Training: student forward, one backward product of the inputs and another of the weights or
     # factors, and the teacher; the head three times.
     return trained * (4 * decoder + 3 * head) + evaluated * (2 * decoder + 2 * head)

@@ -1,4 +1,4 @@
-"""Every published layout without experts, end to end: load, train, guard, export, run the file.
+"""Every published layout, end to end: load, train, guard, export, run the file.
 
 The trained model, the model read back from the GGUF and what llama.cpp makes of that file must be
 one: the first two to the last bit, the third within the noise of its 8-bit activations, and without
@@ -14,6 +14,7 @@ import pytest
 import torch
 from pipeline_cases import settings, write_data
 from sample_text import sentences
+from tiny_layouts import MULTIMODAL
 
 from qatlora import pipeline
 from qatlora.base.from_gguf import model_from_gguf
@@ -27,6 +28,9 @@ WINDOW, WINDOWS = 64, 3  # tokens: twice the sliding window
 NOISE_NATS = {"Q4_0": 2.4e-3, "F32": 1e-6}
 """Mean KLD of equal weights, transformers in float32 against llama.cpp."""
 CASES = [(Storage.nf4, AdapterKind.lora), (Storage.q4_0, AdapterKind.steps)]
+OTHER_CASES = [(Storage.nf4, AdapterKind.steps), (Storage.q4_0, AdapterKind.lora)]
+RUNS = [(layout, case) for layout in MULTIMODAL for case in CASES]
+RUNS += [("gemma4_experts", case) for case in OTHER_CASES]
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +39,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(part.name for part in case))
+@pytest.mark.parametrize(
+    ("tiny_multimodal_folder", "case"),
+    RUNS,
+    indirect=["tiny_multimodal_folder"],
+    ids=[f"{layout}-{storage.name}-{kind.name}" for layout, (storage, kind) in RUNS],
+)
 def test_what_was_trained_is_what_llama_cpp_runs(
     case: tuple[Storage, AdapterKind],
     tiny_multimodal_folder: Path,

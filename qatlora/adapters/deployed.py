@@ -111,9 +111,9 @@ def deployed_weight(layer: "Layer") -> Q4Blocks:
     Returns:
         steps float16 [out, in / 32] and levels int8 [out, in]; of a stack [E, ...].
     """
-    if isinstance(layer, GridLinear | ExpertStack):
+    if isinstance(layer, GridLinear):
         return layer.base_blocks()
-    if isinstance(layer.get_base_layer(), ExpertStack):
+    if isinstance(layer, ExpertStack) or isinstance(layer.get_base_layer(), ExpertStack):
         return stacked(deployed_weight(expert) for expert in layer.linears())
     if isinstance(layer.rule, LatentRule):
         return _of_latents(layer)

@@ -1,4 +1,4 @@
-"""The PEFT layers of an adapter inside the grid: their forward multiplies by the deployed weight."""
+"""The PEFT layers of an adapter inside the grid: they multiply by the deployed weight."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar

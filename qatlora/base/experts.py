@@ -85,7 +85,8 @@ class ExpertStack(nn.Module):
 def stacked(matrices: Iterator[Q4Blocks]) -> Q4Blocks:
     """The blocks of single experts as those of their stack."""
     steps, levels = zip(*matrices, strict=True)
-    return Q4Blocks(torch.stack(steps), torch.stack(levels))
+    with torch.autocast(steps[0].device.type, enabled=False):  # which refuses fp16 on a CPU
+        return Q4Blocks(torch.stack(steps), torch.stack(levels))
 
 
 class RoutedExperts(nn.Module):
@@ -115,7 +116,7 @@ class RoutedExperts(nn.Module):
         gate_up, down = self.gate_up_proj.linears(), self.down_proj.linears()
         output = torch.zeros_like(hidden)
         for expert in top_k_index.unique().tolist():
-            ranks, tokens = torch.where(top_k_index.T == expert)
+            ranks, tokens = torch.where(expert == top_k_index.T)
             gate, up = gate_up[expert](hidden[tokens]).chunk(2, dim=-1)
             share = down[expert](self.act_fn(gate) * up) * top_k_weights[tokens, ranks, None]
             output.index_add_(0, tokens, share.to(output.dtype))

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qatlora.base.assemble import empty_model, fill_model
-from qatlora.base.gguf_config import gemma3_config, llama_config
 from qatlora.base.experts import matrices, put_layer
+from qatlora.base.gguf_config import gemma3_config, llama_config
 from qatlora.base.stores import Q4Store
 from qatlora.errors import CheckpointError
 from qatlora.grid import unpack

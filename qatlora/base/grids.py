@@ -87,19 +87,18 @@ def layer_grid(
     return LayerGrid(_stores(name, held, blocks.steps, kind, on_grid=on_grid), num_on_grid)
 
 
-def _stores(name: str, held: Tensor, steps: Tensor, kind: str, *, on_grid: bool) -> tuple[Store, ...]:
+def _stores(
+    name: str, held: Tensor, steps: Tensor, kind: str, *, on_grid: bool
+) -> tuple[Store, ...]:
     """The loaded weight and its steps; of a stack matrix by matrix, which become NF4 only here."""
-    if not is_stack(name):
-        # A module that is Q4_0 in the GGUF but not in the NF4 list stays bf16 in memory.
-        store = Nf4Store if hasattr(held, "quant_state") else Bf16Store
-        return (store(held.detach(), steps, on_grid=on_grid),)
-    if kind == "nf4":
-        return tuple(
-            Nf4Store(quantized_nf4(matrix), its_steps, on_grid=on_grid)
-            for matrix, its_steps in zip(held.detach(), steps, strict=True)
-        )
+    if hasattr(held, "quant_state"):
+        return (Nf4Store(held, steps, on_grid=on_grid),)
+    if not is_stack(name):  # in NF4 storage, too, if it is in the Q4_0 list alone
+        return (Bf16Store(held.detach(), steps, on_grid=on_grid),)
     pairs = zip(held.detach(), steps, strict=True)
-    return tuple(Bf16Store(matrix, its_steps, on_grid=on_grid) for matrix, its_steps in pairs)
+    if kind == "nf4":
+        return tuple(Nf4Store(quantized_nf4(one), its, on_grid=on_grid) for one, its in pairs)
+    return tuple(Bf16Store(one, its, on_grid=on_grid) for one, its in pairs)
 
 
 def base_digest(stores: Mapping[str, str]) -> str:

@@ -34,6 +34,7 @@ class Layout:
         num_parameters: all parameters, tied ones once.
         num_grid_weights: numbers in the weights of `grid`.
         num_expert_weights: those of them that are in stacks of experts.
+        num_active_weights: those of `grid` that a token is multiplied by; it meets few experts.
         max_grid_weights: numbers in the largest of them.
     """
 
@@ -45,6 +46,7 @@ class Layout:
     num_parameters: int
     num_grid_weights: int
     num_expert_weights: int
+    num_active_weights: float
     max_grid_weights: int
 
     @property
@@ -71,6 +73,8 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     for name, weight in zip(grid, weights, strict=True):
         require_block_width(name, weight.shape[-1], BLOCK_SIZE)
     _require_packed_fit(source, grid, skeleton)
+    num_grid = sum(weight.numel() for weight in weights)
+    num_expert = sum(weight.numel() for weight in weights if weight.ndim == 3)
     return Layout(
         trained=tuple(trained),
         nf4=tuple(nf4),
@@ -81,8 +85,9 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
         # Asked of the model: config.json may be silent about it, as Gemma's is.
         tied=skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        num_grid_weights=sum(weight.numel() for weight in weights),
-        num_expert_weights=sum(weight.numel() for weight in weights if weight.ndim == 3),
+        num_grid_weights=num_grid,
+        num_expert_weights=num_expert,
+        num_active_weights=num_grid - num_expert * (1 - _routed_share(config)),
         max_grid_weights=max(weight.numel() for weight in weights),
     )
 
@@ -94,6 +99,14 @@ def plain_config(folder: Path) -> PreTrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _routed_share(config: PreTrainedConfig) -> float:
+    """Share of the experts that a token is sent to; 1 of a dense model."""
+    text = config.get_text_config()
+    if not getattr(text, "enable_moe_block", False):
+        return 1.0
+    return float(text.top_k_experts / text.num_experts)
 
 
 def _nf4_weights(source: Source, skeleton: PreTrainedModel, wanted: set[str]) -> list[str]:

@@ -24,8 +24,8 @@ def deploy_others(model: PreTrainedModel, grid: Collection[str], other_type: str
     """Round every matrix of the text decoder outside of `grid`, and lm_head, in place.
 
     These are the embeddings, and in Gemma 4 E2B and E4B the embedding and the projection of the
-    per-layer inputs. Norms keep their precision, routers too (llama.cpp has them in F32), and towers
-    are not in the file.
+    per-layer inputs. Norms and routers keep their precision (F32 in the file), and towers are not
+    in it.
 
     Args:
         model: any model of the base's layout.

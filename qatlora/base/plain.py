@@ -20,8 +20,8 @@ def put_blocks(
 def put_weight(model: nn.Module, name: str, weight: Tensor) -> None:
     """Put a frozen weight in its place: of a stack [E, out, in], of a linear [out, in].
 
-    A linear keeps its bias. The module is always a new one: that of an NF4 build is no `nn.Linear`, that of a packed build
-    has no weight yet.
+    A linear keeps its bias. Its module is always a new one: that of an NF4 build is no `nn.Linear`,
+    that of a packed build has no weight yet.
     """
     if is_stack(name):
         experts, _, projection = name.rpartition(".")

@@ -76,6 +76,6 @@ def stored_rows(opened: GgufFile, place: TensorPlace, shape: torch.Size) -> Tens
     rows = torch.from_numpy(tensor.data.copy()).reshape(shape)
     if place.row_order is None:
         return rows
-    restored = torch.empty_like(rows)
-    restored[torch.as_tensor(place.row_order)] = rows
-    return restored
+    restored = torch.empty_like(rows).flatten(0, -2)
+    restored[torch.as_tensor(place.row_order)] = rows.flatten(0, -2)
+    return restored.reshape(shape)

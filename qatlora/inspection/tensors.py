@@ -90,8 +90,8 @@ def require_weights(source: Source, names: Iterable[str]) -> None:
     missing = [name for name in names if weight_key(name) not in source.files]
     if missing:
         raise CheckpointError(
-            f"{source.folder} has no tensor '{weight_key(missing[0])}', nor {len(missing) - 1} others "
-            "that its config.json calls for. The folder is incomplete, or stored in a packed form "
+            f"{source.folder} has no tensor '{weight_key(missing[0])}', nor {len(missing) - 1} "
+            "others that its config.json calls for. The folder is incomplete, or stored in a packed form "
             "(GPTQ, AWQ): give the bf16 checkpoint."
         )
 

@@ -75,7 +75,9 @@ class _TracedExperts(nn.Module):
         self.act_fn = experts.act_fn
         for projection, weight in experts.named_parameters(recurse=False):
             is_trained = f"{name}.{projection}" in trained
-            setattr(self, f"traced_{projection}", _TracedLinear(weight.shape[1], trained=is_trained))
+            setattr(
+                self, f"traced_{projection}", _TracedLinear(weight.shape[1], trained=is_trained)
+            )
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)

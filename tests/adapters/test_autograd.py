@@ -8,6 +8,7 @@ from torch import Tensor
 from qatlora.adapters.deployed import AdapterRule, deployed_dense
 from qatlora.adapters.layer import GridAdapter
 
+
 def dense_surrogate(layer: GridAdapter, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
     """All gradients in float64 from g = dY^T X, by the formulas: no tricks, no tiles."""
     x, grad_y = x.double(), grad_y.double()

@@ -9,7 +9,7 @@ from adapter_cases import NAMES, RULE, RULES, factor_gradients, fill, random_blo
 from loaded_cases import adapted_model, loaded
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
@@ -21,7 +21,7 @@ from qatlora.base.experts import ExpertStack, RoutedExperts, put_layer
 from qatlora.base.linear import GridLinear
 from qatlora.grid import decode, dither
 
-EXPERTS, HIDDEN, INTERMEDIATE = 5, 64, 32
+EXPERTS, HIDDEN, INTERMEDIATE = 5, 96, 64
 PROJECTIONS = {
     "gate_up_proj": (2 * INTERMEDIATE, HIDDEN),
     "down_proj": (HIDDEN, INTERMEDIATE),
@@ -43,12 +43,13 @@ def plain_experts() -> Gemma4TextExperts:
 
 def routed(rule: AdapterRule | None, *, on_grid: bool = True, filled: bool = True) -> RoutedExperts:
     """Experts of random blocks, with an adapter on both stacks unless `rule` is None."""
-    layer = torch.nn.ModuleDict({"experts": plain_experts()})
+    model = torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({"experts": plain_experts()})})
     torch.manual_seed(1)
     for name, shape in PROJECTIONS.items():
         blocks = [random_blocks(seed, shape) for seed in range(EXPERTS)]
-        put_layer(layer, f"m.experts.{name}", [store_of(one, on_grid=on_grid) for one in blocks])
-    experts = layer["m"]["experts"]
+        stores = [store_of(one, on_grid=on_grid) for one in blocks]
+        put_layer(model, f"layer.experts.{name}", stores)
+    experts = model["layer"]["experts"]
     for name in PROJECTIONS if rule is not None else ():
         adapter = StackAdapter(getattr(experts, name), "default", LoraConfig(), rule=rule)
         if filled:
@@ -204,7 +205,7 @@ def test_a_frozen_layer_keeps_no_weight_for_the_backward_pass() -> None:
     y.sum().backward()
     weight = decode(layer.base_blocks())
     assert not saved
-    assert torch.equal(y, linear(x, weight))
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
 
 
