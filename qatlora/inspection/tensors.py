@@ -91,8 +91,8 @@ def require_weights(source: Source, names: Iterable[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{source.folder} has no tensor '{weight_key(missing[0])}', nor {len(missing) - 1} "
-            "others that its config.json calls for. The folder is incomplete, or stored in a packed form "
-            "(GPTQ, AWQ): give the bf16 checkpoint."
+            "others that its config.json calls for. The folder is incomplete, or stored in a "
+            "packed form (GPTQ, AWQ): give the bf16 checkpoint."
         )
 
 
