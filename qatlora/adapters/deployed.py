@@ -20,12 +20,12 @@ stack of experts has such factors for each of its matrices, and is deployed matr
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from qatlora.base.experts import ExpertStack, stacked
+from qatlora.base.experts import Stacked, stacked
 from qatlora.base.linear import GridLinear
 from qatlora.base.stores import LatentReader, reciprocal
 from qatlora.grid import (
@@ -40,12 +40,12 @@ from qatlora.grid import (
 )
 
 if TYPE_CHECKING:
-    from qatlora.adapters.expert_layer import ExpertAdapter, StackAdapter
+    from qatlora.adapters.expert_layer import ExpertAdapter
     from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
 
-    MatrixAdapter = GridAdapter | ExpertAdapter
-    Layer = GridLinear | ExpertStack | StackAdapter | MatrixAdapter | LatentLinear
+    MatrixAdapter: TypeAlias = GridAdapter | ExpertAdapter
+    Layer: TypeAlias = GridLinear | Stacked | MatrixAdapter | LatentLinear
 
 _FP16_MAX = 65504.0
 
@@ -113,7 +113,7 @@ def deployed_weight(layer: "Layer") -> Q4Blocks:
     """
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
-    if isinstance(layer, ExpertStack) or isinstance(layer.get_base_layer(), ExpertStack):
+    if isinstance(layer, Stacked):
         return stacked(deployed_weight(expert) for expert in layer.linears())
     if isinstance(layer.rule, LatentRule):
         return _of_latents(layer)

@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from qatlora.adapters.layer import AdapterLayer, deployed_product
-from qatlora.base.experts import ExpertStack
+from qatlora.base.experts import ExpertStack, Stacked
 from qatlora.base.linear import GridLinear
 
 
-class StackAdapter(AdapterLayer[ExpertStack]):
+class StackAdapter(AdapterLayer[ExpertStack], Stacked):
     """Factors of all experts, as PEFT's `target_parameters` has them for a fused parameter.
 
     docs/decisions/0012-experts-are-a-stack-of-linears.md compares the two layouts.

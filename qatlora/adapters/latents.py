@@ -10,6 +10,7 @@ from qatlora.adapters.deployed import LatentRule
 from qatlora.adapters.latent_layer import LatentLinear
 from qatlora.adapters.model import GridModel, ParameterGroups
 from qatlora.base.experts import ExpertStack
+from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
 from qatlora.errors import AdapterError
 
@@ -55,17 +56,20 @@ def attach_latents(base: LoadedBase, rule: LatentRule) -> LatentModel:
     """
     for name in base.trained:
         layer = base.model.get_submodule(name)
-        weight = layer.checkpoint_weight()
-        if weight is None:
-            raise AdapterError(
-                f"The base is stored as {base.storage}, and training its weights starts from the "
-                "checkpoint's own values, which only bf16 keeps. Use storage=bf16."
-            )
         if isinstance(layer, ExpertStack):
-            for number, (linear, its_weight) in enumerate(
-                zip(layer.linears(), weight, strict=True)
-            ):
-                layer.experts[number] = LatentLinear(linear, its_weight, rule)
+            for number, linear in enumerate(layer.linears()):
+                layer.experts[number] = _latent(linear, base, rule)
         else:
-            base.model.set_submodule(name, LatentLinear(layer, weight, rule))
+            assert isinstance(layer, GridLinear)
+            base.model.set_submodule(name, _latent(layer, base, rule))
     return LatentModel(base, base.model, rule)
+
+
+def _latent(linear: GridLinear, base: LoadedBase, rule: LatentRule) -> LatentLinear:
+    weight = linear.checkpoint_weight()
+    if weight is None:
+        raise AdapterError(
+            f"The base is stored as {base.storage}, and training its weights starts from the "
+            "checkpoint's own values, which only bf16 keeps. Use storage=bf16."
+        )
+    return LatentLinear(linear, weight, rule)

@@ -9,7 +9,9 @@ expert, and only those that a token was routed to are ever decoded, one at a tim
 Shapes: E experts, T tokens, K experts per token.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,15 @@ PLAIN_IMPLEMENTATION = "eager"
 operation, so that both give the same values; its grouped products sum in another order."""
 
 
-class ExpertStack(nn.Module):
+class Stacked(ABC):
+    """What has a matrix for each expert: a stack of the base, or an adapter over one."""
+
+    @abstractmethod
+    def linears(self) -> Sequence[Any]:
+        """A layer for each expert, in order: called with rows [n, in], it gives [n, out]."""
+
+
+class ExpertStack(nn.Module, Stacked):
     """One projection of all experts of a layer.
 
     Attributes:
