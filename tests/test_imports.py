@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "config",
         "grid",
         "base",
+        "export",
         "llamacpp",
         "adapters",
         "distill",

@@ -66,6 +66,12 @@ class LoadedBase:
         """Whether the checkpoint as a whole lies on a grid."""
         return self.on_grid_share >= ON_GRID_SHARE
 
+    @property
+    def tied(self) -> bool:
+        """Whether the embeddings are the head, which config.json may be silent about (Gemma's)."""
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return embeddings.weight is head.weight
+
 
 def load_base(
     source: Source,

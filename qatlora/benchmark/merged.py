@@ -5,12 +5,10 @@ stored; llama.cpp's converter and llama-quantize do the rest. Embeddings get the
 other methods have (`export.other_type`), so only the Q4_0 tensors differ.
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from qatlora.base.from_gguf import model_from_gguf
@@ -18,12 +16,10 @@ from qatlora.base.source import Source
 from qatlora.benchmark.build import Ground
 from qatlora.benchmark.plain_peft import PlainPeft
 from qatlora.errors import ToolError
+from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.grid import Q4Blocks, encode_reference
-from qatlora.llamacpp.convert import convert
 from qatlora.llamacpp.source import check_converter
 from qatlora.llamacpp.tools import find_tool, quantize
-
-_CONVERTED_TYPE = "bf16"
 
 
 def why_not_mergeable() -> str | None:
@@ -54,30 +50,17 @@ def quantized_model(adapted: PlainPeft, ground: Ground) -> PreTrainedModel:
     Raises:
         ToolError, ExportError: llama.cpp failed.
     """
+    deltas = {f"{name}.weight": delta for name, delta in adapted.deltas().items()}
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return _merged(weight, deltas[name]) if name in deltas else weight
+
     with tempfile.TemporaryDirectory(prefix="qatlora-merged-") as scratch:
-        staging = Path(scratch) / "hf"
-        _write_merged(adapted, ground.source, staging)
         whole, small = Path(scratch) / "merged.gguf", Path(scratch) / "merged-Q4_0.gguf"
-        convert(staging, whole, _CONVERTED_TYPE, {"general.name": ground.source.name})
+        write_plain_gguf(ground.source, ground.layout.tied, whole, change)
         quantize(whole, small, ground.other_type)
         config = AutoConfig.from_pretrained(ground.source.folder)
         return model_from_gguf(small, config, torch.bfloat16).to(ground.device)
-
-
-def _write_merged(adapted: PlainPeft, source: Source, staging: Path) -> None:
-    """A copy of the checkpoint with the adapter added; llama.cpp reads any number of shards."""
-    staging.mkdir()
-    deltas = {f"{name}.weight": delta for name, delta in adapted.deltas().items()}
-    shards = set(source.files.values())
-    for path in source.folder.iterdir():
-        if path in shards:
-            tensors = load_file(path)
-            for key in tensors:
-                if (name := source.model_name(key)) in deltas:
-                    tensors[key] = _merged(tensors[key], deltas[name])
-            save_file(tensors, staging / path.name, metadata={"format": "pt"})
-        elif path.is_file():
-            shutil.copy2(path, staging / path.name)
 
 
 def _merged(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -126,12 +126,10 @@ def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
     """Copy every tensor that is not deployed as Q4_0, one file at a time."""
     source, model = adapted.base.source, adapted.base.model
     deployed = set(map(weight_key, adapted.base.grid))
-    # Asked of the model: config.json may be silent about it, as Gemma's is.
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     # A stray lm_head.weight in a tied checkpoint would untie the exported model, and a tensor that
     # the model has no place for (Gemma 4's checkpoints may have k_proj in layers that share their
     # keys) would be written into the file.
-    wanted = model.state_dict().keys() - ({"lm_head.weight"} if tied else set())
+    wanted = model.state_dict().keys() - ({"lm_head.weight"} if adapted.base.tied else set())
     shards = sorted(set(source.files.values()))
     for number, shard in enumerate(shards, start=1):
         kept = {}

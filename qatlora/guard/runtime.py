@@ -6,6 +6,8 @@ program, with the same flags, compares with them:
     candidate, decoded to F32    weights alone: activations stay in float, nothing else is rounded
     candidate                    what people run: activations are rounded to Q8_0 on a CPU
     llama-quantize control       the same model merged to bf16 and quantized by llama.cpp's rule
+    base, llama-quantize         where a base's own weights were trained: what llama.cpp alone makes
+                                 of that base
 
 The trained model is made of the deployed blocks, not read from the file, so a file that holds
 something else is far from it. Everything runs on the CPU, as llama.cpp's tools do here.
@@ -26,21 +28,23 @@ from qatlora.base.load import load_plain
 from qatlora.evaluate import Row
 from qatlora.evaluate.logits import scored_logits
 from qatlora.export.candidate import Candidate
+from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.llamacpp.kld_base import KldBase, write_base
 from qatlora.llamacpp.kld_statistics import Statistics, score_against, statistics_of
 from qatlora.llamacpp.perplexity import kl_divergence
 from qatlora.llamacpp.tools import convert_types, quantize
 from qatlora.report.results_runtime import (
+    BASE,
     CANDIDATE,
     CANDIDATE_F32,
     CONTROL,
+    TEACHER_FP32,
     TRAINED_FP32,
     RuntimeKld,
     RuntimeResult,
     RuntimeRow,
 )
 
-NUM_MODELS = 4
 _CPU = torch.device("cpu")
 
 OnModel = Callable[[int], None]
@@ -56,6 +60,8 @@ class RuntimeTask:
         other_type: GGUF type of the tensors that are not Q4_0.
         teacher: folder of the teacher, None without one.
         rows: full windows, the second half of each scored.
+        with_base: quantize the base by llama.cpp's rule, too, and compare that with the teacher,
+            which must be there.
     """
 
     adapted: GridModel
@@ -63,6 +69,12 @@ class RuntimeTask:
     other_type: str
     teacher: Path | None
     rows: Sequence[Row]
+    with_base: bool = False
+
+    @property
+    def num_models(self) -> int:
+        """How many are measured, the trained model in transformers among them."""
+        return 4 + self.with_base
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class _Bases:
 
 
 def judge_in_llama_cpp(task: RuntimeTask, on_model: OnModel) -> RuntimeResult:
-    """Measure the four models; `on_model(1)` is called after each.
+    """Measure the models; `on_model(1)` is called after each.
 
     Raises:
         ToolError: a program of llama.cpp is missing or failed.
@@ -82,9 +94,8 @@ def judge_in_llama_cpp(task: RuntimeTask, on_model: OnModel) -> RuntimeResult:
     scratch = task.candidate.path.parent / "llama_cpp"
     scratch.mkdir()
     try:
-        bases, first = _write_bases(task, scratch)
+        bases, rows = _write_bases(task, scratch)
         on_model(1)
-        rows = [first]
         for name, path in _files(task, scratch):
             rows.append(_run(name, path, bases))
             on_model(1)
@@ -94,8 +105,8 @@ def judge_in_llama_cpp(task: RuntimeTask, on_model: OnModel) -> RuntimeResult:
     return RuntimeResult(num_windows, window_tokens, len(bases.trained.targets), rows)
 
 
-def _write_bases(task: RuntimeTask, scratch: Path) -> tuple[_Bases, RuntimeRow]:
-    """Both base files, and how far from the teacher transformers finds the trained model."""
+def _write_bases(task: RuntimeTask, scratch: Path) -> tuple[_Bases, list[RuntimeRow]]:
+    """Both base files, and what transformers finds of the two models."""
     tokens = np.array([row.input_ids for row in task.rows], dtype=np.int32)
 
     def write(name: str, model: PreTrainedModel) -> KldBase:
@@ -109,26 +120,37 @@ def _write_bases(task: RuntimeTask, scratch: Path) -> tuple[_Bases, RuntimeRow]:
     trained = write("trained.kld", deployed_model(task.adapted, task.other_type, _CPU))
     scores = score_against(teacher or trained, trained.log_probs(), normalized=True)
     statistics = statistics_of(scores)
+    rows = []
+    if teacher:
+        rows.append(RuntimeRow(TEACHER_FP32, *_perplexity(statistics, "base"), None, None))
     to_teacher = _kld(statistics) if teacher else None
-    first = RuntimeRow(TRAINED_FP32, *_perplexity(statistics), None, to_teacher)
-    return _Bases(trained, teacher), first
+    rows.append(RuntimeRow(TRAINED_FP32, *_perplexity(statistics), None, to_teacher))
+    return _Bases(trained, teacher), rows
 
 
 def _files(task: RuntimeTask, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """The three files; a large one is removed as soon as nothing is made of it any more."""
+    """The files; a large one is removed as soon as nothing is made of it any more."""
     candidate = task.candidate.path
     decoded, merged, control = (scratch / f"{name}.gguf" for name in ("f32", "bf16", "control"))
+    base = task.adapted.base
     convert_types(candidate, decoded, "F32")
     yield CANDIDATE_F32, decoded
     yield CANDIDATE, candidate
     convert_types(decoded, merged, "BF16")
     decoded.unlink()
     quantize(merged, control, task.other_type)
-    merged.unlink()
     yield CONTROL, control
+    if task.with_base:
+        write_plain_gguf(base.source, base.tied, merged)
+        quantize(merged, control, task.other_type)
+        yield BASE, control
 
 
 def _run(name: str, path: Path, bases: _Bases) -> RuntimeRow:
+    if name == BASE:
+        assert bases.teacher is not None
+        statistics = kl_divergence(path, bases.teacher)
+        return RuntimeRow(name, *_perplexity(statistics), None, _kld(statistics))
     statistics = kl_divergence(path, bases.trained)
     to_teacher = None
     if bases.teacher is not None and name != CANDIDATE_F32:  # costs a run and tells nothing more
@@ -136,8 +158,8 @@ def _run(name: str, path: Path, bases: _Bases) -> RuntimeRow:
     return RuntimeRow(name, *_perplexity(statistics), _kld(statistics), to_teacher)
 
 
-def _perplexity(statistics: Statistics) -> tuple[float, float]:
-    figure = statistics["Mean PPL(Q)"]
+def _perplexity(statistics: Statistics, whose: str = "Q") -> tuple[float, float]:
+    figure = statistics[f"Mean PPL({whose})"]
     assert figure.error is not None
     return figure.value, figure.error
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+TEACHER_FP32 = "teacher, fp32"
 TRAINED_FP32 = "trained, fp32"
 CANDIDATE_F32 = "file, as F32"
 CANDIDATE = "file"
 CONTROL = "llama-quantize"
+BASE = "base, llama-quantize"
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class RuntimeRow:
     """One model on the windows.
 
     Attributes:
-        model: TRAINED_FP32, CANDIDATE_F32, CANDIDATE or CONTROL.
+        model: one of the names above.
         perplexity, perplexity_stderr: of the scored tokens.
-        to_trained: KLD from the trained model in fp32; None for that model itself.
+        to_trained: KLD from the trained model in fp32; None for that model itself, the teacher
+            and the base.
         to_teacher: KLD from the teacher in fp32; None where it was not measured.
     """
 

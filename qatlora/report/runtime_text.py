@@ -1,7 +1,9 @@
 """Cells of the table of gate 5: the candidate in llama.cpp, for console and Markdown."""
 
 from qatlora.report.formatting import MISSING, format_figure, format_share
-from qatlora.report.results_runtime import RuntimeKld, RuntimeResult, RuntimeRow
+from qatlora.report.results_runtime import BASE, CONTROL, RuntimeKld, RuntimeResult, RuntimeRow
+
+_BASE_NOTE = f"; {BASE}: what llama.cpp alone makes of the base"
 
 RUNTIME_HEADER = (
     "model",
@@ -23,9 +25,9 @@ def runtime_caption(result: RuntimeResult) -> str:
     return (
         f"llama-perplexity on {result.windows} windows of {result.window_tokens} held-out tokens, "
         f"{result.scored_tokens} of them scored: KL(trained || model) and KL(teacher || model) in "
-        "nats per token, both references by transformers in fp32; ± is one standard error. The "
-        "first row is the trained model in transformers. The last is the same model merged to "
-        "bf16 and quantized by llama-quantize: the control."
+        "nats per token, both references by transformers in fp32; ± is one standard error. "
+        f"{CONTROL}: the trained model merged to bf16 and quantized by llama-quantize, the control"
+        f"{_BASE_NOTE if any(row.model == BASE for row in result.rows) else ''}."
     )
 
 

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 from qatlora import progress
-from qatlora.config import TeacherKind
+from qatlora.config import TeacherKind, Trained
 from qatlora.data.encode import expected_bos
 from qatlora.data.rows import Row
 from qatlora.data.windows import half_scored_windows
 from qatlora.errors import ToolError
 from qatlora.guard.gates import llama_cpp_failed, llama_cpp_gates, llama_cpp_skipped
-from qatlora.guard.runtime import NUM_MODELS, RuntimeTask, judge_in_llama_cpp
+from qatlora.guard.runtime import RuntimeTask, judge_in_llama_cpp
 from qatlora.llamacpp.kld_statistics import MIN_TOKENS
 from qatlora.llamacpp.tools import INSTALL, find_tool
 from qatlora.memory import available_bytes
@@ -30,15 +30,17 @@ def runtime_gates(state: Run) -> list[GateResult]:
     reason = _why_not(state, rows)
     if reason is not None:
         return [llama_cpp_skipped(reason, cfg.guard)]
+    teacher = _teacher(state)
     task = RuntimeTask(
         adapted=state.adapted,
         candidate=state.candidate,
         other_type=cfg.export.other_type.name,
-        teacher=_teacher(state),
+        teacher=teacher,
         rows=rows,
+        with_base=cfg.distill.train is Trained.weights and teacher is not None,
     )
     try:
-        with state.bar("judge in llama.cpp", NUM_MODELS, "models") as advance:
+        with state.bar("judge in llama.cpp", task.num_models, "models") as advance:
             state.runtime = judge_in_llama_cpp(task, advance)
     except ToolError as problem:
         return [llama_cpp_failed(str(problem), cfg.guard)]

@@ -9,24 +9,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qatlora import files
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import Layout, plain_config
 from qatlora.base.names import text_model_name, weight_key
 from qatlora.base.others import deployed_other
 from qatlora.base.source import Source
-from qatlora.export.folders import copy_side_files
+from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.grid import BLOCK_SIZE
-from qatlora.llamacpp.convert import convert
 from qatlora.llamacpp.tools import convert_types, find_tool
 from qatlora.report.results import InspectResult
 from qatlora.report.results_validate import BY_GRID, BY_LLAMA_CPP, TypeDamage
 
 _BY_LLAMA_QUANTIZE = ("Q4_K_M", "Q6_K")
-_HEAD = "lm_head.weight"
 
 Decoded = Callable[[str, Tensor], Tensor]
 
@@ -80,8 +76,7 @@ def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
     with tempfile.TemporaryDirectory(prefix="qatlora-types-") as folder:
         scratch = Path(folder)
         whole = scratch / "whole.gguf"
-        _stage(source, layout.tied, scratch / "staging")
-        convert(scratch / "staging", whole, "bf16", {"general.name": source.name})
+        write_plain_gguf(source, layout.tied, whole)
         for name in _BY_LLAMA_QUANTIZE:
             quantized = scratch / f"{name}.gguf"
             convert_types(whole, quantized, name)
@@ -97,17 +92,3 @@ def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
                 )
             )
     return found
-
-
-def _stage(source: Source, tied: bool, staging: Path) -> None:
-    """A folder as the converter wants it; large files are linked, not copied."""
-    staging.mkdir()
-    copy_side_files(source.folder, staging)
-    files.write_json(staging / "config.json", source.config)
-    for path in sorted(set(source.files.values())):
-        if tied and source.files.get(_HEAD) == path:  # stray: it would untie the model
-            tensors = load_file(path)
-            del tensors[source.stored_names.get(_HEAD, _HEAD)]
-            save_file(tensors, staging / path.name, metadata={"format": "pt"})
-        else:
-            (staging / path.name).symlink_to(path.resolve())

@@ -5,28 +5,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from loaded_cases import adapted_model, candidate_of, copied, on_grid_folder
 from safetensors.torch import load_file, save_file
 
 from qatlora.adapters.attach import AdaptedModel
+from qatlora.base.load import load_plain
+from qatlora.base.others import deploy_others
+from qatlora.base.plain import put_weight
 from qatlora.config import GuardConfig
 from qatlora.data.rows import Row
 from qatlora.data.windows import half_scored_windows
 from qatlora.errors import ToolError
+from qatlora.evaluate.logits import scored_logits
 from qatlora.export.candidate import Candidate
+from qatlora.grid import decode, encode_reference
 from qatlora.guard.gates import llama_cpp_gates
 from qatlora.guard.runtime import RuntimeTask, judge_in_llama_cpp
 from qatlora.llamacpp.gguf_read import read_gguf
 from qatlora.report.results_runtime import (
+    BASE,
     CANDIDATE,
     CANDIDATE_F32,
     CONTROL,
+    TEACHER_FP32,
     TRAINED_FP32,
     RuntimeResult,
 )
 
 pytestmark = pytest.mark.llama_cpp
 
+CPU = torch.device("cpu")
 LIMITS = GuardConfig()
 
 
@@ -69,7 +78,7 @@ def test_a_right_file_is_the_trained_model_in_llama_cpp_and_the_control_is_not(t
     teacher = adapted.base.source.folder
     result = judged(adapted, candidate, teacher)
     found = {row.model: row for row in result.rows}
-    assert list(found) == [TRAINED_FP32, CANDIDATE_F32, CANDIDATE, CONTROL]
+    assert list(found) == [TEACHER_FP32, TRAINED_FP32, CANDIDATE_F32, CANDIDATE, CONTROL]
     assert (result.windows, result.window_tokens, result.scored_tokens) == (3, 80, 3 * 39)
     assert failed(result) == set()
     assert found[CANDIDATE_F32].to_trained.mean < 1e-5
@@ -78,6 +87,28 @@ def test_a_right_file_is_the_trained_model_in_llama_cpp_and_the_control_is_not(t
     assert by_hf.mean > 0.01
     assert by_llama.mean == pytest.approx(by_hf.mean, abs=1e-3)
     assert [path.name for path in candidate.path.parent.iterdir() if path.is_dir()] == []
+
+
+def test_the_base_as_llama_quantize_makes_it_stands_beside_the_file(trained):
+    adapted, candidate = trained
+    source = adapted.base.source
+    task = RuntimeTask(adapted, candidate, "q8_0", source.folder, rows(None), with_base=True)
+    found = {row.model: row for row in judge_in_llama_cpp(task, lambda _: None).rows}
+    assert len(found) == 1 + task.num_models  # and the teacher's own line
+    teacher, quantized = (load_plain(source.folder, CPU, torch.float32) for _ in range(2))
+    for name in adapted.base.grid:
+        blocks = encode_reference(source.tensor(f"{name}.weight").float())
+        put_weight(quantized, name, decode(blocks, torch.float32))
+    deploy_others(quantized, adapted.base.grid, "q8_0")
+    of_teacher, of_quantized = (
+        torch.cat([torch.from_numpy(part) for part in scored_logits(model, rows(None))])
+        .double()
+        .log_softmax(-1)
+        for model in (teacher, quantized)
+    )
+    expected = (of_teacher.exp() * (of_teacher - of_quantized)).sum(-1).mean().item()
+    assert found[BASE].to_trained is None
+    assert found[BASE].to_teacher.mean == pytest.approx(expected, rel=0.05)
 
 
 def test_two_swapped_tensors_fail(trained, tmp_path: Path):

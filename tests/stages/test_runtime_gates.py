@@ -11,7 +11,7 @@ from qatlora.llamacpp.tools import TOOLS_VARIABLE
 from qatlora.report.console import to_console
 from qatlora.report.json_report import to_json
 from qatlora.report.markdown import to_markdown
-from qatlora.report.results_runtime import CANDIDATE_F32
+from qatlora.report.results_runtime import CANDIDATE_F32, TEACHER_FP32
 from qatlora.stages.runtime import announce_runtime, runtime_gates
 from qatlora.state import Run, report_of
 
@@ -40,7 +40,8 @@ def test_a_run_is_judged_against_its_teacher_and_its_trained_model(state: Run):
         "llama_cpp_teacher": "passed",
     }
     assert state.runtime is not None
-    assert all(row.to_teacher for row in state.runtime.rows if row.model != CANDIDATE_F32)
+    without = (TEACHER_FP32, CANDIDATE_F32)
+    assert all(row.to_teacher for row in state.runtime.rows if row.model not in without)
     report = report_of(state)
     assert to_json(report)["runtime"]["scored_tokens"] == 3 * 39
     assert "## In llama.cpp" in to_markdown(report)
