@@ -37,9 +37,8 @@ class TensorLists:
 def _decoder_lists(prefix: str, *, experts: bool = False, per_layer: bool = False) -> TensorLists:
     """Linears and experts of the decoder are in all three lists, per-layer inputs in the last."""
     layer = rf"{prefix}layers\.\d+\."
-    decoder = (
-        rf"{layer}({_DECODER_LINEARS}|{_EXPERTS})" if experts else rf"{layer}{_DECODER_LINEARS}"
-    )
+    weights = f"({_DECODER_LINEARS}|{_EXPERTS})" if experts else _DECODER_LINEARS
+    decoder = rf"{layer}{weights}"
     q4_0 = rf"{decoder}|{layer}{_PER_LAYER_LINEARS}" if per_layer else decoder
     return TensorLists(trained=decoder, nf4=decoder, q4_0=q4_0)
 

@@ -124,9 +124,9 @@ class RoutedExperts(nn.Module):
             top_k_weights: [T, K], what their outputs are multiplied by.
         """
         gate_up, down = self.gate_up_proj.linears(), self.down_proj.linears()
-        output = torch.zeros_like(hidden)
+        output, by_rank = torch.zeros_like(hidden), top_k_index.transpose(0, 1)
         for expert in top_k_index.unique().tolist():
-            ranks, tokens = torch.where(expert == top_k_index.T)
+            ranks, tokens = torch.where(by_rank == expert)
             gate, up = gate_up[expert](hidden[tokens]).chunk(2, dim=-1)
             share = down[expert](self.act_fn(gate) * up) * top_k_weights[tokens, ranks, None]
             output.index_add_(0, tokens, share.to(output.dtype))
