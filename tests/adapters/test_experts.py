@@ -8,6 +8,7 @@ import torch
 from adapter_cases import NAMES, RULE, RULES, factor_gradients, fill, random_blocks, store_of
 from loaded_cases import adapted_model, loaded
 from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from torch.nn.functional import gelu
 from transformers import Gemma4TextConfig
@@ -185,6 +186,19 @@ def test_an_expert_is_moved_by_its_own_factors_and_its_own_rows_of_the_dither() 
         expected = (blocks.levels + moved + noise[expert]).round().clamp(-8, 7).to(torch.int8)
         assert torch.equal(deployed.levels[expert], expected)
     assert not torch.equal(deployed.levels, base.base_blocks().levels)
+
+
+def test_the_factors_are_those_of_pefts_target_parameters_but_for_the_order_of_b() -> None:
+    stack = routed(RULE).gate_up_proj
+    peft = ParamWrapper(
+        plain_experts(), "default", "gate_up_proj", LoraConfig(), RULE.rank, int(RULE.alpha)
+    )
+    down, up = (stack.parameters_of(name).detach() for name in NAMES[:2])
+    per_expert = up.unflatten(0, (EXPERTS, -1))
+    peft.lora_A["default"].weight.data.copy_(down)
+    peft.lora_B["default"].weight.data.copy_(per_expert.permute(1, 2, 0).flatten(1))
+    delta = RULE.scale * per_expert @ down.unflatten(0, (EXPERTS, -1))
+    torch.testing.assert_close(peft.get_delta_weight("default").detach(), delta)
 
 
 @pytest.mark.parametrize("kind", ["lora", "steps", "both"])

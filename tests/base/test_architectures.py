@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from qatlora.base.architectures import matching_weights, tensor_lists
 from qatlora.base.names import is_stack, weight_key
 from qatlora.base.published import published_config, published_names
 
+ROOT = Path(__file__).parents[2]
 # Trained linears; Q4_0 ones in the GGUF. 31B: 50 sliding layers of 7 linears and 10 full ones of 6,
 # whose keys are their values; the layers of E4B and E2B that share keys and values have 5.
 LINEARS = {
@@ -58,6 +60,17 @@ def test_the_experts_of_26b_a4b_are_60_stacks_of_128_along_the_blocks():
     shapes = [tuple(model.get_parameter(name).shape) for name in stacks]
     assert shapes == 30 * [(128, 2 * 704, 2816), (128, 2816, 704)]
     assert sum(map(math.prod, shapes)) == 22_837_985_280
+
+
+def test_experts_can_be_left_out_by_the_documented_pattern():
+    model, pattern = (
+        skeleton("gemma4_26b_a4b"),
+        "model.language_model.layers.[0-9]+.(self_attn|mlp).*",
+    )
+    assert pattern in (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    trained = matching_weights(model, tensor_lists("gemma4").trained)
+    chosen = matching_weights(model, tensor_lists("gemma4", [pattern]).trained)
+    assert chosen == [name for name in trained if not is_stack(name)]
 
 
 def test_the_600_linears_of_the_public_nf4_build_are_410_and_the_vision_tower():
