@@ -94,8 +94,8 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     source, layout = place.source, place.layout
     if place.storage == "nf4" or source.nf4_modules:
         model = load_nf4(source, layout, settings.device)
-        for name in layout.nf4:
-            put_weight(model, name, _of_nf4(model.get_parameter(weight_key(name)), source))
+        for name in layout.nf4 if place.storage == "nf4" else layout.nf4_modules:
+            put_weight(model, name, _of_nf4(model.get_parameter(weight_key(name))))
         return model.to(settings.dtype) if settings.dtype == torch.float32 else model
     model = load_plain(source.folder, settings.device, settings.dtype)
     is_stored_so = place.storage == "q4_0" and bool(source.packed_modules)
@@ -106,12 +106,10 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     return model
 
 
-def _of_nf4(held: Tensor, source: Source) -> Tensor:
-    """What NF4 makes of a weight; experts, which no public build has in NF4, are quantized here."""
+def _of_nf4(held: Tensor) -> Tensor:
+    """What NF4 makes of a weight; experts, which are loaded in bf16, are quantized here."""
     if hasattr(held, "quant_state"):
         return dequantized_nf4(held)
-    if source.nf4_modules:
-        return held
     return torch.stack([dequantized_nf4(quantized_nf4(matrix)) for matrix in held])
 
 
