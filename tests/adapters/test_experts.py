@@ -20,6 +20,7 @@ from qatlora.adapters.expert_layer import StackAdapter
 from qatlora.adapters.saved import load_adapter, save_adapter
 from qatlora.base.experts import ExpertStack, RoutedExperts, put_layer
 from qatlora.base.linear import GridLinear
+from qatlora.base.load import load_plain
 from qatlora.grid import decode, dither
 
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 96, 64
@@ -221,6 +222,18 @@ def test_a_frozen_layer_keeps_no_weight_for_the_backward_pass() -> None:
     assert not saved
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+def test_a_model_with_adapters_is_its_own_teacher(tiny_multimodal_folder: Path) -> None:
+    adapted = adapted_model(tiny_multimodal_folder, "bf16")
+    plain = load_plain(tiny_multimodal_folder, torch.device("cpu"), torch.bfloat16)
+    ids = torch.arange(4, 68)[None]
+    with torch.no_grad():
+        expected = plain(ids).logits
+        with adapted.as_checkpoint():
+            assert torch.equal(adapted.model(ids).logits, expected)
+        assert not torch.equal(adapted.model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)

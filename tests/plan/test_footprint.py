@@ -99,6 +99,17 @@ def shape() -> ModelShape:
     return model_shape(published_config("gemma4_12b"))
 
 
+def test_experts_count_one_by_one_and_come_in_bf16_before_they_are_nf4():
+    shape = model_shape(published_config("gemma4_26b_a4b"))
+    assert len(shape.grid) == len(shape.trained) == 205 + 60 * 128
+    lora = shape.adapter_parameters("lora", 16, 16)
+    of_experts = 30 * 128 * 16 * (1408 + 2816 + 2816 + 704)
+    assert of_experts < lora < 1.05 * of_experts
+    packed, nf4 = (footprint(shape, Job(kind, **LEANEST)) for kind in ("q4_0", "nf4"))
+    assert packed.weights + packed.steps == shape.num_grid_weights * 4.5 / 8
+    assert (packed.dense, nf4.dense) == (0, 2 * 22_837_985_280)
+
+
 def test_checkpointing_keeps_less_and_a_teacher_in_memory_is_a_second_model(shape: ModelShape):
     lean = footprint(shape, LEAN)
     full = footprint(shape, dataclasses.replace(LEAN, checkpointing=False))
