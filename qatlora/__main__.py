@@ -215,14 +215,17 @@ def _run_pipeline(cfg: DictConfig) -> None:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
         cfg.run_dir = str(output_dir)  # of a sweep: the job's own folder
+        cfg.overrides = list(HydraConfig.get().overrides.task)
         settings = to_dataclasses(cfg)
         validate(settings)
     except ConfigError:
         with contextlib.suppress(OSError):
             output_dir.rmdir()  # Hydra makes it before it calls us; a typo should leave nothing
         raise
-    from qatlora.pipeline import run  # imports torch: only for a run that will take place
-
+    if settings.stages == ["doctor"]:  # also where the pipeline cannot be imported
+        from qatlora.doctor.run import run
+    else:
+        from qatlora.pipeline import run  # imports torch: only for a run that will take place
     run(settings)
 
 

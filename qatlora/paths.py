@@ -8,10 +8,10 @@ _PACKAGE = Path(__file__).resolve().parent
 CACHE_VARIABLE = "QATLORA_CACHE"
 
 
-def shipped(folder: str) -> Path:
-    """Folder `conf` or `recipes`: inside the package in a wheel, beside it in a clone."""
-    in_wheel = _PACKAGE / folder
-    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / folder
+def shipped(name: str) -> Path:
+    """`conf`, `recipes` or constraints.txt: inside the package in a wheel, beside it in a clone."""
+    in_wheel = _PACKAGE / name
+    return in_wheel if in_wheel.exists() else _PACKAGE.parent / name
 
 
 def cache_folder() -> Path:

@@ -5,9 +5,9 @@
 
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, the builds,
 preview_data, benchmark, fidelity and validate are one stage between preflight and report,
-teacher_cache one after load_data, plan one before report; decide ends validate with its exit code.
-Those stages, the longer ones among the above, and where a run's teacher comes from are told in
-`qatlora.stages`.
+teacher_cache one after load_data, plan and apply_patch one before report; decide ends validate with
+its exit code. Those stages, the longer ones among the above, and where a run's teacher comes from
+are told in `qatlora.stages`. The doctor runs without this file (`qatlora.doctor`).
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
 rooms; none of them sees the root config.
@@ -34,8 +34,6 @@ from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
-from qatlora.export.publish import publish
-from qatlora.guard.judge import permit
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.report.json_report import plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
@@ -45,9 +43,11 @@ from qatlora.stages.build import build
 from qatlora.stages.fidelity import fidelity
 from qatlora.stages.guard import guard
 from qatlora.stages.inspect import inspect
+from qatlora.stages.patch import apply_step_patch
 from qatlora.stages.plan import plan
 from qatlora.stages.preflight import preflight
 from qatlora.stages.preview import preview_data
+from qatlora.stages.publish import publish
 from qatlora.stages.qat_distill import evaluate_reference, save_base
 from qatlora.stages.report import report
 from qatlora.stages.resume import SETTINGS, check_run_folder
@@ -60,6 +60,7 @@ from qatlora.stages.teacher import (
 from qatlora.stages.teacher_cache import teacher_cache
 from qatlora.stages.validate import decide, validate
 from qatlora.state import Run, dtype_of, report_of
+from qatlora.tracking import open_tracker
 from qatlora.train.objective import build_objective
 from qatlora.train.run import fit_to_processes, train
 
@@ -79,7 +80,7 @@ def run(cfg: RootConfig) -> RunReport:
         state = Run.start(cfg)
         if not processes.is_first():
             return _help_to_train(state)
-        with claimed(state.run_dir):
+        with claimed(state.run_dir), state.tracked():
             settings = plain(dataclasses.asdict(cfg))
             check_run_folder(state, settings)
             for name in cfg.stages:
@@ -145,6 +146,9 @@ def _evaluate_base(state: Run) -> None:
 
 def _train(state: Run) -> None:
     cfg = state.cfg
+    if processes.is_first():
+        settings = plain(dataclasses.asdict(cfg))
+        state.tracker = open_tracker(cfg.logging, state.run_dir, settings)
     with state.bar("train", cfg.train.max_steps, "steps") as advance:
         state.train = train(
             state.adapted,
@@ -156,6 +160,7 @@ def _train(state: Run) -> None:
             seed=cfg.seed,
             bf16=state.dtype == torch.bfloat16,
             on_step=advance,
+            on_point=state.tracker.log,
         )
     state.adapted.settle()
     state.recorded = state.adapted.deployed_digests()
@@ -198,12 +203,9 @@ def _write_candidate(state: Run) -> None:
         state.candidate = write_candidate(state.adapted, cfg.export, state.run_dir, stamp, advance)
 
 
-def _publish(state: Run) -> None:
-    state.export = publish(state.candidate, permit(state.candidate, state.guard))
-
-
 STAGES: dict[str, Callable[[Run], None]] = {
     "preflight": lambda state: processes.first_before_rest(lambda: preflight(state)),
+    "apply_patch": apply_step_patch,
     "plan": plan,
     "inspect": inspect,
     "build": build,
@@ -219,7 +221,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "evaluate_trained": _evaluate_trained,
     "write_candidate": _write_candidate,
     "guard": guard,
-    "publish": _publish,
+    "publish": publish,
     "save_base": save_base,
     "benchmark": benchmark,
     "validate": validate,

@@ -16,6 +16,7 @@ import torch
 from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
+from qatlora.benchmark.adapters import most_trials
 from qatlora.benchmark.methods import chosen_methods
 from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
 from qatlora.distill import LossSettings
@@ -104,7 +105,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         memory += _IMPORTED_LIBRARIES_BYTES
     others = layout.num_parameters - layout.num_grid_weights
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
-    disk = 2 * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
+    num_files = 3 if cfg.export.patch else 2  # the base's own is one more
+    disk = num_files * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
     disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES
@@ -137,17 +139,18 @@ def _estimate_benchmark(
 ) -> Needs:
     """Suite speed holds every method at once, suite adapters one model after the other."""
     settings = cfg.benchmark
-    methods = len(chosen_methods(settings.suite, settings.methods))
+    methods = chosen_methods(settings.suite, settings.methods)
     dense_and_logits = 2 * layout.num_parameters * BF16_BYTES
     disk = layout.num_parameters * 4 * BF16_BYTES
     if settings.suite is BenchmarkSuite.speed:
         rounds = settings.warmup_rounds + settings.rounds
-        tokens = methods * rounds * sum(settings.tokens_per_step)
-        largest, models, disk = max(settings.tokens_per_step), methods, _REPORT_BYTES
+        tokens = len(methods) * rounds * sum(settings.tokens_per_step)
+        largest, models, disk = max(settings.tokens_per_step), len(methods), _REPORT_BYTES
     else:
         largest, models = settings.rows_per_step * cfg.data.max_length_tokens, 1
-        trials = methods * (len(settings.learning_rates) + len(settings.seeds) - 1)
-        tokens = trials * (settings.max_steps * largest + settings.eval_tokens)
+        tokens = most_trials(methods, settings) * (
+            settings.max_steps * largest + settings.eval_tokens
+        )
     shape = model_shape(plain_config(source.folder), cfg.base.trained)
     kept = shape.kept.total(checkpointing=cfg.train.gradient_checkpointing)
     activations = largest * kept

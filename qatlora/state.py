@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qatlora.adapters.latents import LatentModel
 from qatlora.adapters.model import GridModel
 from qatlora.base.layout import Layout
 from qatlora.base.load import LoadedBase
+from qatlora.base.origin import origin_of
 from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
@@ -44,10 +46,12 @@ from qatlora.report.results import (
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.results_validate import ValidateResult
+from qatlora.tracking import NoTracker, Tracker
 
 _REPORTED_PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets", "gguf",
@@ -93,8 +97,10 @@ class Run:
     guard: GuardResult | None = None
     runtime: RuntimeResult | None = None
     export: ExportResult | None = None
+    patch: PatchResult | None = None
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
+    tracker: Tracker = field(default_factory=NoTracker)  # another one from training on
 
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
@@ -118,6 +124,16 @@ class Run:
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Within this the run is followed; it ends as failed where anything is raised."""
+        try:
+            yield
+        except BaseException:
+            self.tracker.close(failed=True)
+            raise
+        self.tracker.close(failed=False)
+
     @classmethod
     def start(cls, cfg: RootConfig) -> "Run":
         """A run whose stages are all still to come."""
@@ -136,6 +152,7 @@ def report_of(state: Run) -> RunReport:
     return RunReport(
         recipe=state.cfg.card.name,
         base=_base_result(state),
+        origin=origin_of(state.source.folder, state.cfg.base.hub_id) if state.source else None,
         build=state.build,
         teacher_cache=state.cache_result,
         adapter=_adapter_result(adapted) if isinstance(adapted, AdaptedModel) else None,
@@ -145,6 +162,7 @@ def report_of(state: Run) -> RunReport:
         guard=state.guard,
         runtime=state.runtime,
         export=state.export,
+        patch=state.patch,
         inspect=state.inspection,
         validate=state.validation,
         preview=state.preview,

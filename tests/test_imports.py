@@ -48,6 +48,8 @@ MAY_IMPORT = {
     "export": {"config", "grid", "adapters", "base", "data", "llamacpp", "progress"},
     "guard": {"config", "grid", "base", "adapters", "evaluate", "export", "llamacpp", "progress"},
     "report": set(),
+    "tracking": {"config", "progress", "report"},
+    "doctor": {"config", "registry", "llamacpp", "memory", "progress", "report", "tracking"},
     "plan": {"config", "grid", "base", "distill"},
     "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory", "plan"},
     "benchmark": {
@@ -80,11 +82,11 @@ MAY_IMPORT = {
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "sweep": set(),
-    "__main__": {"config", "interrupts", "pipeline", "quiet", "report", "sweep"},
+    "__main__": {"config", "doctor", "interrupts", "pipeline", "quiet", "report", "sweep"},
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-ROOT_CONFIG = {"config", "preflight", "stages", "state", "pipeline", "__main__"}
+ROOT_CONFIG = {"config", "doctor", "preflight", "stages", "state", "pipeline", "__main__"}
 """Who may see all settings at once."""
 
 WITHOUT_TORCH = (

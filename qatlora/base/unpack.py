@@ -1,7 +1,8 @@
 """GGUF files as ordinary HF checkpoint folders, and the two bases that travel in packages.
 
-A folder made here holds config.json, model.safetensors (bf16), the tokenizer, the chat template
-and generation_config.json: everything that transformers and llama.cpp's converter ask for.
+A folder made here holds config.json, model.safetensors (bf16), the tokenizer, the chat template,
+generation_config.json and a card with the licence: everything that transformers and llama.cpp's
+converter ask for.
 """
 
 import contextlib
@@ -19,13 +20,14 @@ from transformers import GenerationConfig
 from qatlora import files, registry
 from qatlora.base import from_gguf
 from qatlora.base.gguf_tokenizer import write_tokenizer
+from qatlora.base.origin import write_card
 from qatlora.errors import CheckpointError, ConfigError
 from qatlora.llamacpp.gguf_read import GgufFile, read_gguf
 from qatlora.paths import cache_folder
 
 _COPY_BYTES = 1 << 20
 _END_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
-_FORMAT = 1
+_FORMAT = 2
 """Counted up when the content of unpacked folders changes, so that old ones are not used."""
 
 
@@ -47,6 +49,7 @@ def unpack_gguf(gguf: Path, target: Path, chat_template: str | None) -> Path:
     config = from_gguf.config_from_gguf(content)
     with files.replacing_folder(target) as folder:
         write_tokenizer(content, folder, chat_template)
+        write_card(content, folder)
         config.save_pretrained(folder)
         _generation_config(content).save_pretrained(folder)
         weights = from_gguf.weights_from_gguf(content, config, torch.bfloat16)

@@ -1,7 +1,8 @@
 """The suite `adapters`: tune every method alike, repeat the best over seeds, summarize.
 
     for every method: the first seed at every learning rate
-                      -> the rate with the lowest loss on the validation text, as deployed
+                      -> the rate with the lowest loss on the validation text, as deployed;
+                         while it is the lowest or highest tried, one more beyond it
                       -> the other seeds at that rate
 
 A finished trial is a JSON file; one whose settings have not changed is not run again.
@@ -37,14 +38,38 @@ def run_all(
     runs = []
     for method in methods:
         tuned = [trial(method, rate, first) for rate in settings.learning_rates]
-        best = min(tuned, key=lambda each: each.judged.validation)
-        runs += tuned + [trial(method, best.learning_rate, seed) for seed in others]
+        for _ in range(settings.extra_rates):
+            beyond = _rate_beyond(tuned)
+            if beyond is None:
+                break
+            tuned.append(trial(method, beyond, first))
+        runs += tuned + [trial(method, _best(tuned).learning_rate, seed) for seed in others]
     return runs
 
 
-def num_trials(methods: Sequence[BenchmarkMethod], settings: BenchmarkConfig) -> int:
-    """How many trainings `run_all` takes."""
-    return len(methods) * (len(settings.learning_rates) + len(settings.seeds) - 1)
+def _best(tuned: Sequence[MethodRun]) -> MethodRun:
+    return min(tuned, key=lambda each: each.judged.validation)
+
+
+def _rate_beyond(tuned: Sequence[MethodRun]) -> float | None:
+    """The next rate past the end at which the best one lies; None if it lies between others.
+
+    It continues the distance, as a factor, between the last two.
+    """
+    rates = sorted(run.learning_rate for run in tuned)
+    best = _best(tuned).learning_rate
+    if len(rates) < 2 or rates[0] < best < rates[-1]:
+        return None
+    last, neighbour = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
+    return float(f"{last * last / neighbour:.6g}")
+
+
+def most_trials(methods: Sequence[BenchmarkMethod], settings: BenchmarkConfig) -> int:
+    """How many trainings `run_all` takes at most."""
+    tuning = len(settings.learning_rates)
+    if tuning > 1:
+        tuning += settings.extra_rates
+    return len(methods) * (tuning + len(settings.seeds) - 1)
 
 
 def summarize(runs: Sequence[MethodRun], before: Losses) -> list[MethodSummary]:
@@ -58,7 +83,7 @@ def _best_runs(runs: Sequence[MethodRun], method: str) -> list[MethodRun]:
     """The method's runs at the rate that was chosen on the first seed."""
     own = [run for run in runs if run.method == method]
     tuned = [run for run in own if run.seed == own[0].seed]
-    rate = min(tuned, key=lambda run: run.judged.validation).learning_rate
+    rate = _best(tuned).learning_rate
     return [run for run in own if run.learning_rate == rate]
 
 

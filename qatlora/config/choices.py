@@ -2,32 +2,34 @@
 
 from enum import Enum
 
-STAGES = (
-    "preflight",
-    "plan",
-    "inspect",
-    "build",
-    "preview_data",
-    "load_data",
-    "teacher_cache",
-    "load_base",
-    "attach",
-    "evaluate_base",
-    "evaluate_reference",
-    "train",
-    "save_adapter",
-    "evaluate_trained",
-    "write_candidate",
-    "guard",
-    "publish",
-    "save_base",
-    "benchmark",
-    "validate",
-    "fidelity",
-    "report",
-    "decide",
-)
-"""Names of the pipeline's stages, in the only order in which they can run."""
+STAGES = {
+    "doctor": "looks at packages, devices, caches, tools and logins, and needs no torch",
+    "apply_patch": "makes the exported GGUF out of the base's and a step patch",
+    "preflight": "checks base, data, memory, disk and tools before anything long begins",
+    "plan": "counts the memory of training and export on torch's meta device",
+    "inspect": "reads the checkpoint tensor by tensor and looks for its grid",
+    "build": "writes the base in 4 bits as a folder of its own",
+    "preview_data": "renders the conversations and marks the trained tokens",
+    "load_data": "reads the conversations and general text, and holds some of both out",
+    "teacher_cache": "runs the teacher over the training rows and keeps its likeliest words",
+    "load_base": "loads the base into its storage, and the teacher",
+    "attach": "adds a fresh or saved adapter, or makes the weights trainable",
+    "evaluate_base": "measures the base: perplexity, KLD to the teacher, sample answers",
+    "evaluate_reference": "measures what llama.cpp's own Q4_0 makes of the base",
+    "train": "trains, with checkpoints to resume from",
+    "save_adapter": "writes the adapter and the digests of what it deploys",
+    "evaluate_trained": "measures the trained model and counts what has changed",
+    "write_candidate": "writes the GGUF under a hidden name",
+    "guard": "reads the candidate back and puts it through the gates",
+    "publish": "renames the candidate to its place; refused without the guard's permit",
+    "save_base": "writes the trained model as a bf16 checkpoint on its grid",
+    "benchmark": "trains or times the methods of the suite",
+    "validate": "measures what Q4_0 exports of the merge would keep",
+    "fidelity": "runs reference and models on the same tokens",
+    "report": "writes report.json, report.md and the plots, and prints the table",
+    "decide": "exits with 3 if a gate failed",
+}
+"""The pipeline's stages, in the only order in which they can run, and what each one does."""
 
 CHAT_SUFFIXES = (".jsonl", ".json", ".parquet")
 """Files that data=files can read."""

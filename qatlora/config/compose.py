@@ -55,9 +55,15 @@ def _settle_paths(root: RootConfig) -> None:
         root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
     if root.teacher.cache_path is not None:
         root.teacher.cache_path = str(Path(root.teacher.cache_path).expanduser().absolute())
-    for key in ("merged", "adapter", "gguf"):
-        if (path := getattr(root.validate, key)) is not None:
-            setattr(root.validate, key, str(Path(path).expanduser().absolute()))
+    for section, key in (
+        (root.validate, "merged"),
+        (root.validate, "adapter"),
+        (root.validate, "gguf"),
+        (root.patch, "path"),
+        (root.patch, "base"),
+    ):
+        if (path := getattr(section, key)) is not None:
+            setattr(section, key, str(Path(path).expanduser().absolute()))
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

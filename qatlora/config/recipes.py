@@ -1,4 +1,4 @@
-"""Settings that belong to one recipe each: build, inspect, validate, plan, benchmark, fidelity."""
+"""Settings that belong to one recipe each: build, inspect, validate, apply_patch and so on."""
 
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ class BuildConfig:
     prompt: str = "The capital of France is"
     """What an NF4 build must go on from before it is kept."""
     max_new_tokens: int = 16
+    """Length of that sentence at most."""
 
 
 @dataclass
@@ -50,6 +51,16 @@ class ValidateConfig:
     """Share of the merge's effect that Q4_0 must keep."""
     gguf_kld_max_nats: float = 0.01
     """Mean KLD from the checkpoint to the GGUF at most, nats per token."""
+
+
+@dataclass
+class PatchConfig:
+    """What recipe=apply_patch puts together."""
+
+    path: str | None = None
+    """A step patch, *.patch.safetensors."""
+    base: str | None = None
+    """The GGUF that it belongs to."""
 
 
 @dataclass
@@ -88,7 +99,9 @@ class BenchmarkConfig:
     rows_per_step: int = 2
     """adapters: rows of data.max_length_tokens per step."""
     learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
-    """adapters: peak rates tried on the first seed, the same number for every method."""
+    """adapters: peak rates tried on the first seed, the same for every method."""
+    extra_rates: int = 2
+    """adapters: further rates at most, one by one beyond the end at which the best one lies."""
     steps_rate_factor: float = 10.0
     """adapters: the factors of the steps learn at this multiple of the rate."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

@@ -23,7 +23,7 @@ from qatlora.config.choices import (
 
 @dataclass
 class CardConfig:
-    """Header card of a recipe: one sentence each, shown by --help and in the docs."""
+    """Header card of a recipe: one sentence each, shown by --help and in docs/recipes."""
 
     name: str = ""
     """The recipe's name; set from its file."""
@@ -31,6 +31,8 @@ class CardConfig:
     hardware: str = ""
     time: str = ""
     expect: str = ""
+    example: str = ""
+    """Settings of a typical call, as typed after recipe=NAME; empty: it needs none."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class AdapterConfig:
 
     kind: AdapterKind = AdapterKind.lora
     rank: int = 16
+    """Of the low-rank change of the levels."""
     alpha: float = 32.0
     """The low-rank product is scaled by alpha / rank."""
     steps_rank: int | None = None
@@ -93,6 +96,7 @@ class DataConfig:
     hub_id: str | None = None
     """Data set on the Hugging Face hub, or a folder laid out like one, for kind hub."""
     hub_split: str = "train"
+    """Its split that is read."""
     format: ChatFormat = ChatFormat.auto
     """Layout of the records; auto: as the first one of each set shows."""
     packing: bool = False
@@ -102,6 +106,7 @@ class DataConfig:
     general: str = "wiki"
     """General text: wiki (embedded) or a text file, one document per paragraph."""
     max_length_tokens: int = 256
+    """Length of a row; a longer conversation is cut to it."""
     eval_rows: int = 64
     """Conversations held out of training at most, for evaluation and prompts."""
     eval_tokens: int = 4096
@@ -152,6 +157,7 @@ class TrainConfig:
     """The optimizer's course; rows are packed or single conversations of max_length_tokens."""
 
     max_steps: int = 30
+    """Optimizer steps."""
     learning_rate: float = 1e-3
     """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
     steps_learning_rate: float = 1e-2
@@ -160,12 +166,15 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     """Share of max_steps in which the rate rises from zero."""
     weight_decay: float = 0.0
+    """AdamW's."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     rows_per_step: int = 4
     """Rows per optimizer step, replay rows among them, over all micro-batches and processes."""
     micro_batch_rows: int = 4
     """Rows per forward pass, at most a process's share of a step; divides rows_per_step."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for more time."""
     keep_blocks: bool = True
     """Keep deployed blocks from forward to backward: one byte per weight for less time."""
     save_steps: int = 20
@@ -186,6 +195,7 @@ class EvaluateConfig:
     logits_precision: Precision = Precision.auto
     """Arithmetic of the lm_head product; the softmax is always fp32."""
     sample_max_new_tokens: int = 32
+    """Length of a sample answer at most."""
     hold_weights: bool = True
     """Keep decoded weights over many forwards, and a dense model of the file that is read back:
     two bytes per weight for less time. recipe=plan says where they fit."""
@@ -219,10 +229,11 @@ class GuardConfig:
 class ExportConfig:
     """The file that is published."""
 
-    gguf: bool = True
     file_name: str | None = None
     """Name inside the run folder; null: made from the base's name."""
     other_type: OtherType = OtherType.q8_0
+    patch: bool = False
+    """Of an adapter of kind steps: also a small patch, and the base's GGUF that it belongs to."""
 
 
 @dataclass
@@ -235,3 +246,4 @@ class LoggingConfig:
     log_steps: int = 1
     """Optimizer steps between two lines of the log."""
     progress_bars: bool = True
+    """Show how far long stages are."""

@@ -7,6 +7,7 @@ from qatlora.config.recipes import (
     BuildConfig,
     FidelityConfig,
     InspectConfig,
+    PatchConfig,
     PlanConfig,
     PreviewConfig,
     ValidateConfig,
@@ -48,10 +49,13 @@ class RootConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
+    overrides: list[str] = field(default_factory=list)
+    """What was typed on the command line; set from it."""
     run_dir: str = "runs"
     """Folder of everything the run writes."""

@@ -116,6 +116,17 @@ def chosen_template(chosen: str | None) -> str | None:
         ) from None
 
 
+def ollama_template(exported: str) -> str | None:
+    """Ollama's form (a Go template) of an exported template of ours; None for any other.
+
+    Ollama knows published templates by their text, and takes the bare prompt for all others.
+    """
+    for path in sorted(_FOLDER.glob("*.gotmpl")):
+        if exported == strip_generation_markers(shipped_template(path.stem)):
+            return path.read_text(encoding="utf-8").removesuffix("\n")
+    return None
+
+
 def has_generation_markers(template: str) -> bool:
     """Whether the template says which words are the assistant's."""
     return any(match[2] is None for match in _MARKER.finditer(template))

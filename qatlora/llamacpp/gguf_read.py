@@ -42,26 +42,44 @@ class GgufTensor:
 
     shape: row-major (torch order, the contraction dimension last), in weights.
     data: uint8 [*shape[:-1], bytes per row], a slice of the file's memory map.
+    start: place of the first byte in the file.
     """
 
     name: str
     type_name: str
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
+    start: int
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
     def rows(self, start: int, stop: int) -> "GgufTensor":
         """The part start..stop of the first dimension (not for one-dimensional tensors)."""
-        data = self.data[start:stop]
-        return dataclasses.replace(self, shape=(len(data), *self.shape[1:]), data=data)
+        data, first = self.data[start:stop], self.start + start * self.data[0].nbytes
+        return dataclasses.replace(self, shape=(len(data), *self.shape[1:]), data=data, start=first)
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """Header of a GGUF file: metadata as Python values, tensors by name."""
+    """Header of a GGUF file: metadata as Python values, tensors by name.
+
+    header_bytes: without the padding before the data.
+    alignment: of the data, in bytes.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    header_bytes: int = 0
+    alignment: int = _DEFAULT_ALIGNMENT
+
+    @property
+    def data_start(self) -> int:
+        """Place of the first tensor's first byte."""
+        return -(-self.header_bytes // self.alignment) * self.alignment
 
     def require(self, key: str) -> Any:
         """The metadata value of `key`; CheckpointError if the file has none."""
@@ -123,8 +141,9 @@ class _Cursor:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self._broken(f"has general.alignment {alignment!r}, which is no power of two")
-        data_start = -(-self._at // alignment) * alignment
-        return GgufFile(self._path, metadata, self._map_tensors(infos, data_start, alignment))
+        header = GgufFile(self._path, metadata, {}, self._at, alignment)
+        tensors = self._map_tensors(infos, header.data_start, alignment)
+        return dataclasses.replace(header, tensors=tensors)
 
     def _read_counts(self) -> tuple[int, int]:
         magic = self._bytes(4)
@@ -176,7 +195,7 @@ class _Cursor:
             if name in tensors:
                 raise self._broken(f"has the tensor {name!r} twice")
             data = content[start : start + num_bytes].reshape(*shape[:-1], row_bytes)
-            tensors[name] = GgufTensor(name, type_name, shape, data)
+            tensors[name] = GgufTensor(name, type_name, shape, data, start)
         return tensors
 
     def _value(self, kind: int, nesting: int = 0) -> Any:

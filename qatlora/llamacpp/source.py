@@ -8,14 +8,16 @@ from pathlib import Path
 from qatlora import registry
 from qatlora.errors import ToolError
 
-_PACKAGE = "llama-cpp-python"
+PACKAGE = "llama-cpp-python"
+"""Its source distribution carries llama.cpp."""
+
 _DRIVER = Path(__file__).with_name("converter_driver.py")
 _CHECK_SECONDS = 300
 
 
 def llama_cpp_version() -> str:
     """Version of the package whose source distribution carries llama.cpp."""
-    return registry.PACKAGES[_PACKAGE].version
+    return registry.PACKAGES[PACKAGE].version
 
 
 def llama_cpp_source() -> Path:
@@ -24,7 +26,7 @@ def llama_cpp_source() -> Path:
     Raises:
         ToolError: it could not be downloaded.
     """
-    return registry.locate(_PACKAGE) / registry.PACKAGES[_PACKAGE].folder
+    return registry.locate(PACKAGE) / registry.PACKAGES[PACKAGE].folder
 
 
 def converter_command(*arguments: str) -> tuple[list[str], dict[str, str]]:

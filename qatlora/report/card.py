@@ -1,96 +1,140 @@
-"""README.md of a built folder: what it is, how it was made, how to use it."""
+"""README.md of what a run made, as model hubs show it: a published GGUF, or a built folder.
 
-import importlib.metadata
+Everything in it comes from the run's report. The YAML at its head is what the Hugging Face hub
+reads (https://huggingface.co/docs/hub/model-cards).
+"""
 
-from qatlora import __version__
-from qatlora.report.formatting import format_bytes, format_share
-from qatlora.report.results import BaseResult
-from qatlora.report.results_build import BuildResult
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from qatlora.report.card_build import build_sections
+from qatlora.report.escape import fenced, inline, visible
+from qatlora.report.results import RunReport
+from qatlora.report.results_origin import OriginResult
+from qatlora.report.run_it import run_it
+from qatlora.report.run_sections import (
+    bullets,
+    gate_table,
+    score_table,
+    training_line,
+    versions_line,
+    what_was_trained,
+)
+from qatlora.report.summary import verdict
 
 CARD = "README.md"
-_MADE_WITH = {"q4_0": ("torch",), "nf4": ("torch", "transformers", "bitsandbytes")}
+_TRAIN_KEYS = (
+    "learning_rate", "steps_learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay",
+    "rows_per_step",
+)  # fmt: skip
+_TEACHER_KEYS = ("kind", "ce_weight", "kl_weight", "general_kl_weight", "divergence")
 
 
-def model_card(build: BuildResult, base: BaseResult, hub_id: str | None = None) -> str:
-    """The text of the card.
-
-    Args:
-        build: the folder.
-        base: the checkpoint it was made from, with figures of its grid.
-        hub_id: of that checkpoint, for the metadata, where it has one.
-    """
-    what = _Q4_0 if build.storage == "q4_0" else _NF4
-    sections = [_front_matter(build, hub_id), what.format(name=base.name), _figures(build, base)]
-    if build.continuation is not None:
-        sections.append(
-            "## A look at it\n\nLoaded by plain transformers, greedily, after "
-            f"`{build.prompt}`:\n\n{_quoted(build.continuation)}"
-        )
-    return "\n\n".join(sections) + "\n"
+def model_card(report: RunReport) -> str:
+    """The text of the card."""
+    sections = build_sections(report) if report.build else _file_sections(report)
+    parts = [_front_matter(report), *sections, "## Licence", _licence(report.origin)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(build: BuildResult, hub_id: str | None) -> str:
-    lines = ["tags:", "- qatlora", f"- {build.storage}"]
-    if build.storage == "nf4":
-        lines = ["library_name: transformers", *lines, "- bitsandbytes"]
-    if hub_id is not None:
-        lines.append(f"base_model: {hub_id}")
-    return "\n".join(["---", *lines, "---"])
-
-
-def _figures(build: BuildResult, base: BaseResult) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in build.modules.items())
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _MADE_WITH[build.storage]]
-    rows = {
-        "made from": f"{base.name}, {base.parameters:,} parameters, bf16",
-        "made by": f"qatlora {__version__}, recipe {build.storage}_build; {', '.join(versions)}",
-        "quantized": f"{sum(build.modules.values())} linears: {kinds}",
-        "everything else": "bf16",
-        "size": f"{format_bytes(build.bytes)}; the source has {format_bytes(build.source_bytes)}",
-        "relative error of the quantized weights": format_share(build.relative_error),
-        "share of their blocks on a Q4_0 grid in the source": format_share(base.on_grid_share),
-        "SHA-256 of the source's tensors": f"`{build.source_digest}`",
-        "digest as a base": f"`{base.digest}`",
+def _front_matter(report: RunReport) -> str:
+    origin = report.origin or OriginResult()
+    front: dict[str, Any] = {
+        "license": _on_one_line(origin.licence),
+        "license_name": _on_one_line(origin.licence_name),
+        "license_link": _on_one_line(origin.licence_link),
+        "base_model": _on_one_line(origin.hub_id),
     }
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
-    return f"## How it was made\n\n| | |\n|---|---|\n{table}"
+    if report.build:
+        is_nf4 = report.build.storage == "nf4"
+        front["library_name"] = "transformers" if is_nf4 else None
+        front["base_model_relation"] = origin.hub_id and "quantized"
+        front["tags"] = ["qatlora", report.build.storage, *(["bitsandbytes"] if is_nf4 else [])]
+    else:
+        front["library_name"] = "gguf"
+        front["pipeline_tag"] = "text-generation"
+        front["base_model_relation"] = origin.hub_id and "finetune"
+        front["datasets"] = _hub_data(report)
+        front["tags"] = ["qatlora", "gguf", "q4_0"]
+    known = {key: value for key, value in front.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=math.inf)}---"
 
 
-def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.strip().splitlines() or [""])
+def _on_one_line(text: str | None) -> str | None:
+    """A line of dashes inside a value would end the YAML for readers that look for one."""
+    return text and " ".join(visible(text).split())
 
 
-_Q4_0 = """\
-# {name}, packed Q4_0
+def _hub_data(report: RunReport) -> list[str]:
+    hub_id = report.settings.get("data", {}).get("hub_id") or ""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id)  # a folder may stand there, too
+    return [hub_id] if is_id and report.train else []
 
-The linears of the decoder as Q4_0 blocks (an fp16 step and 32 levels of 4 bits), exactly as a GGUF
-holds them; a base for fine-tuning with qatlora, which deploys these very blocks:
 
-```bash
-python -m qatlora recipe=chat_sft base.path=THIS_FOLDER storage=q4_0
-```
+def _file_sections(report: RunReport) -> Iterator[str]:
+    assert report.export is not None
+    path = PurePath(report.export.path)
+    name = report.base.name if report.base else path.stem
+    yield f"# {inline(path.stem)}"
+    yield (
+        f"{inline(name)}, trained inside the Q4_0 grid of llama.cpp and written block for block by "
+        "qatlora, without a quantization afterwards."
+    )
+    outcome = verdict(report)
+    yield "\n".join(f"> {inline(line)}" for line in [outcome.headline, *outcome.reasons])
+    yield "## Run it"
+    yield from run_it(report, beside=True)
+    yield "## Figures"
+    yield from score_table(report)
+    if report.guard:
+        yield gate_table(report.guard)
+    yield "## Training"
+    yield "\n".join(f"- {label}: {inline(text)}" for label, text in what_was_trained(report))
+    if report.train:
+        yield training_line(report.train)
+        yield "\n".join(bullets(_training_settings(report.settings)))
+    if report.data_notes:
+        yield "## Data"
+        yield "\n".join(bullets(report.data_notes))
+    yield "## How it was made"
+    yield fenced(_command(report), "sh")
+    yield f"{versions_line(report)}. SHA-256 of the file: `{report.export.sha256}`."
 
-Plain transformers cannot load it and says so. `grid.json` records what the source's grid was; the
-licence and terms of the source hold for this folder, too."""
 
-_NF4 = """\
-# {name}, NF4
+def _training_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide what was learned; a saved adapter has them in its own run's report."""
+    parts = {"train": _TRAIN_KEYS, "teacher": _TEACHER_KEYS}
+    return {
+        f"{part}.{key}": getattr(value, "name", value)
+        for part, keys in parts.items()
+        for key in keys
+        if (value := settings.get(part, {}).get(key)) is not None
+    } | {"seed": settings.get("seed")}
 
-bitsandbytes NF4 with double quantization, blocks of 64, bf16 compute and uint8 storage, for the
-linears of the decoder. Embeddings, lm_head, norms and every linear named in `llm_int8_skip_modules`
-of config.json stay in bf16. Plain transformers loads it:
 
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", device_map="auto")
-```
+def _command(report: RunReport) -> str:
+    typed = report.settings.get("overrides") or [f"recipe={report.recipe}"]
+    return f"python -m qatlora {shlex.join(typed)}"
 
-Beside it lies `q4_0_steps.safetensors`, which transformers does not read: the Q4_0 step of every
-block of 32 in the source. NF4 throws a Q4_0 grid away, and with these steps most levels come back;
-qatlora uses them when it fine-tunes this folder for a Q4_0 GGUF:
 
-```bash
-python -m qatlora recipe=chat_sft base.path=THIS_FOLDER storage=nf4 teacher.path=BF16_FOLDER
-```
-
-The licence and terms of the source hold for this folder, too."""
+def _licence(origin: OriginResult | None) -> str:
+    """What the base's own card says, and no more."""
+    origin = origin or OriginResult()
+    made = f"The base was made by {inline(origin.author)}. " if origin.author else ""
+    if origin.licence is None:
+        return (
+            f"{made}The base's folder names no licence. Look where it came from: its terms hold "
+            "for this work, too, and so do those of the data."
+        )
+    called = f" ({inline(origin.licence_name)})" if origin.licence_name else ""
+    text = f"; its text: {inline(origin.licence_link)}" if origin.licence_link else ""
+    return (
+        f"{made}The base's own card says {inline(origin.licence)}{called}{text}. These terms hold "
+        "for this work, too, and so do those of the data."
+    )

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qatlora.report.benchmark_text import benchmark_cells
 from qatlora.report.cache_text import CACHE_HEADER, cache_rows
+from qatlora.report.doctor_text import DOCTOR_HEADER, doctor_rows
 from qatlora.report.escape import visible
 from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
@@ -52,6 +53,9 @@ def to_console(report: RunReport) -> RenderableType:
     if report.plan:
         parts.append(plain_table("memory", *part_cells(report.plan)))
         parts.append(plain_table("longest row of tokens", *fit_cells(report.plan)))
+    if report.doctor:
+        rows = doctor_rows(report.doctor)
+        parts.append(plain_table("this machine", DOCTOR_HEADER, rows, num_left=4))
     if report.fidelity:
         cells = console_cells(report.fidelity)
         parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))

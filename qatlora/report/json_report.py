@@ -38,6 +38,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "schema_version": parts.pop("schema_version"),
         "recipe": parts.pop("recipe"),
         "base": parts.pop("base"),
+        "origin": parts.pop("origin"),
         "build": parts.pop("build"),
         "teacher_cache": parts.pop("teacher_cache"),
         "adapter": parts.pop("adapter"),
@@ -48,6 +49,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "guard": parts.pop("guard"),
         "runtime": parts.pop("runtime"),
         "export": parts.pop("export"),
+        "patch": parts.pop("patch"),
         "inspect": parts.pop("inspect"),
         "validate": parts.pop("validate"),
         "preview": parts.pop("preview"),
@@ -55,6 +57,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         "benchmark": parts.pop("benchmark"),
         "plan": parts.pop("plan"),
         "fidelity": parts.pop("fidelity"),
+        "doctor": parts.pop("doctor"),
         "versions": parts.pop("versions"),
         **parts,
         "scores": {

@@ -5,11 +5,7 @@ messages, paths, notes) passes through `qatlora.report.escape`.
 """
 
 import json
-import re
-import shlex
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import PurePath
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from qatlora.report.benchmark_plot import FORGETTING_PLOT, SPEED_PLOT
 from qatlora.report.benchmark_text import benchmark_tables
@@ -19,14 +15,7 @@ from qatlora.report.changes import changes_by_kind
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
 from qatlora.report.fidelity_text import fidelity_tables
-from qatlora.report.formatting import (
-    format_bytes,
-    format_count,
-    format_figure,
-    format_large_count,
-    format_seconds,
-    format_share,
-)
+from qatlora.report.formatting import format_bytes, format_count, format_seconds, format_share
 from qatlora.report.inspect_plot import INSPECT_PLOT
 from qatlora.report.inspect_text import tables as inspect_tables
 from qatlora.report.json_report import plain
@@ -34,14 +23,23 @@ from qatlora.report.plan_text import plan_tables
 from qatlora.report.plots import CHANGES_PLOT, KLD_PLOT, LOSS_PLOT
 from qatlora.report.preview_plot import LENGTHS_PLOT
 from qatlora.report.preview_text import preview_sections
-from qatlora.report.results import MODELS, GuardResult, RunReport, TrainResult
+from qatlora.report.results import MODELS, GuardResult, RunReport
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.results_validate import ValidateResult
+from qatlora.report.run_it import run_it
+from qatlora.report.run_sections import (
+    bullets,
+    gate_table,
+    score_table,
+    training_line,
+    versions_line,
+    what_was_trained,
+)
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_caption, runtime_rows
-from qatlora.report.summary import SCORE_HEADER, facts, score_rows, verdict
+from qatlora.report.summary import facts, verdict
 from qatlora.report.validate_text import KEPT_HEADER, TYPES_HEADER, kept_rows, type_rows
 
-_VERBATIM = ("file", "folder", "sha256", "checkpoint", "digest as a base")
+_VERBATIM = ("file", "run it", "folder", "sha256", "checkpoint", "digest as a base", "step patch")
 
 
 def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
@@ -51,7 +49,8 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         report: the run.
         plots: names of the plot files that lie beside the report.
     """
-    title = f"# {inline(report.recipe)} on {inline(report.base.name)}"
+    on = f" on {inline(report.base.name)}" if report.base else ""
+    title = f"# {inline(report.recipe)}{on}"
     sections = [
         ("", _verdict(report)),
         ("What Q4_0 keeps", _validation(report.validate)),
@@ -69,8 +68,8 @@ def to_markdown(report: RunReport, plots: Collection[str] = ()) -> str:
         ("Training", _training(report, plots)),
         ("Time and memory", _time_and_memory(report)),
         ("Data", _data(report)),
-        ("Versions", _versions(report)),
-        ("Run it", _run_it(report)),
+        ("Versions", [versions_line(report)]),
+        ("Run it", run_it(report)),
         ("Settings", _settings(report)),
     ]
     parts = [title]
@@ -87,34 +86,8 @@ def _verdict(report: RunReport) -> Iterator[str]:
     yield "\n>\n".join(f"> {inline(reason)}" for reason in outcome.reasons)
     yield "\n".join(
         f"- {label}: {code_span(value) if label in _VERBATIM else inline(value)}"
-        for label, value in [*facts(report), *_what_was_trained(report)]
+        for label, value in [*facts(report), *what_was_trained(report)]
     )
-
-
-def _what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
-    base, adapter = report.base, report.adapter
-    stored = f", stored as {base.storage}" if base.storage else ""
-    share = f", {format_share(base.on_grid_share)} of the trained blocks on the Q4_0 grid"
-    yield (
-        "base",
-        f"{base.name}, {format_large_count(base.parameters)} parameters{stored}"
-        f"{share if base.on_grid_share is not None else ''}",
-    )
-    if adapter:
-        rank = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
-        dither = "with dither" if adapter.dither else "no dither"
-        yield (
-            "adapter",
-            f"{adapter.kind}, {rank}, {adapter.rounding} steps, {dither}, "
-            f"{format_large_count(adapter.trainable_parameters)} parameters in "
-            f"{adapter.tensors} tensors",
-        )
-    if report.latents:
-        yield (
-            "trained weights",
-            f"{format_large_count(report.latents.trainable_parameters)} parameters in "
-            f"{report.latents.tensors} tensors, {report.latents.steps} steps",
-        )
 
 
 def _validation(result: ValidateResult | None) -> Iterator[str]:
@@ -163,31 +136,14 @@ def _fidelity(report: RunReport, plots: Collection[str]) -> Iterator[str]:
 
 
 def _scores(report: RunReport, plots: Collection[str]) -> Iterator[str]:
-    rows = [[inline(cell) for cell in row] for row in score_rows(report)]
-    if rows:
-        reference = "first model of a text" if report.validate else "teacher"
-        yield (
-            f"Held-out text. KLD is KL({reference} || model) in nats per token; same top is the "
-            "share of tokens whose likeliest next token is that one's; ± is one standard error."
-        )
-        yield table(SCORE_HEADER, rows, "llrrrrrr")
+    yield from score_table(report)
     yield _plot(KLD_PLOT, "Distribution of the per-token KLD to the teacher", plots)
 
 
 def _gates(guard: GuardResult | None) -> Iterator[str]:
     if guard is None or not guard.gates:
         return
-    rows = [
-        [
-            inline(gate.name),
-            f"**{gate.status}**" if gate.status == "failed" else inline(gate.status),
-            format_figure(gate.value),
-            format_figure(gate.limit),
-            inline(gate.unit),
-        ]
-        for gate in guard.gates
-    ]
-    yield table(("gate", "status", "figure", "limit", "unit"), rows, "llrrl")
+    yield gate_table(guard)
     yield "\n".join(  # a failed gate's message stands at the top of the report
         f"- {inline(gate.name)}: {inline(gate.message)}"
         for gate in guard.gates
@@ -238,18 +194,8 @@ def _samples(report: RunReport) -> Iterator[str]:
 
 def _training(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.train:
-        yield _training_line(report.train)
+        yield training_line(report.train)
     yield _plot(LOSS_PLOT, "Loss over the optimizer steps", plots)
-
-
-def _training_line(train: TrainResult) -> str:
-    rate = f", {format_figure(train.tokens / train.seconds)} per second" if train.seconds else ""
-    return (
-        f"{format_count(train.steps)} steps, {format_count(train.tokens)} tokens with a loss in "
-        f"{format_seconds(train.seconds)}{rate}. Loss {format_figure(train.loss_first)} to "
-        f"{format_figure(train.loss_last)} nats per token. "
-        f"Peak memory {format_bytes(train.peak_rss_bytes)}."
-    )
 
 
 def _time_and_memory(report: RunReport) -> Iterator[str]:
@@ -262,51 +208,7 @@ def _time_and_memory(report: RunReport) -> Iterator[str]:
 
 
 def _data(report: RunReport) -> Iterator[str]:
-    yield "\n".join(_bullets(report.data_notes, depth=0))
-
-
-def _bullets(notes: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """A mapping as a nested list; floats as figures, lists on one line."""
-    for key, value in notes.items():
-        head = f"{'  ' * depth}- {inline(str(key))}"
-        if isinstance(value, Mapping):
-            yield f"{head}:" if value else f"{head}: none"
-            yield from _bullets(value, depth + 1)
-        else:
-            yield f"{head}: {_note(value)}"
-
-
-def _note(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int | float):
-        return format_figure(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(_note(item) for item in value) or "none"
-    return inline(str(value))
-
-
-def _versions(report: RunReport) -> Iterator[str]:
-    yield ", ".join(f"{inline(name)} {inline(text)}" for name, text in report.versions.items())
-
-
-def _run_it(report: RunReport) -> Iterator[str]:
-    """Commands for the published GGUF; Ollama resolves FROM against the Modelfile's folder."""
-    if report.export is None or not report.export.path.endswith(".gguf"):
-        return
-    path = shlex.quote(report.export.path)
-    stem = PurePath(report.export.path).stem.lower()
-    model = re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "qatlora"
-    yield "With llama.cpp, in the terminal or as a server with a web page at http://localhost:8080:"
-    yield fenced(f"llama-cli -m {path}\nllama-server -m {path} --port 8080", "sh")
-    yield "With Ollama:"
-    yield fenced(
-        f'echo FROM "$(realpath {path})" > Modelfile\n'
-        f"ollama create {model} -f Modelfile\n"
-        f"ollama show {model} --template  # is it the model's own?\n"
-        f"ollama run {model}",
-        "sh",
-    )
+    yield "\n".join(bullets(report.data_notes))
 
 
 def _settings(report: RunReport) -> Iterator[str]:

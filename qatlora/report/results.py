@@ -10,7 +10,10 @@ from typing import Any
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_doctor import DoctorResult
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_origin import OriginResult
+from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
@@ -264,7 +267,8 @@ class RunReport:
     """Everything; parts that a recipe has no stage for are None or empty."""
 
     recipe: str
-    base: BaseResult
+    base: BaseResult | None  # None where none is looked at
+    origin: OriginResult | None = None
     build: BuildResult | None = None
     teacher_cache: CacheResult | None = None
     adapter: AdapterResult | None = None
@@ -274,6 +278,7 @@ class RunReport:
     guard: GuardResult | None = None
     runtime: RuntimeResult | None = None
     export: ExportResult | None = None
+    patch: PatchResult | None = None
     inspect: InspectResult | None = None
     validate: ValidateResult | None = None
     preview: PreviewResult | None = None
@@ -281,6 +286,7 @@ class RunReport:
     benchmark: BenchmarkResult | None = None
     plan: PlanResult | None = None
     fidelity: FidelityResult | None = None
+    doctor: DoctorResult | None = None
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qatlora.report.cache_text import cache_facts
+from qatlora.report.doctor_text import doctor_headline, remedies
 from qatlora.report.fidelity_text import headlines, self_klds
 from qatlora.report.formatting import MISSING, format_bytes, format_figure, format_share
 from qatlora.report.inspect_text import advice, headline
@@ -11,6 +12,7 @@ from qatlora.report.preview_text import headline as preview_headline
 from qatlora.report.preview_text import losses, preview_facts
 from qatlora.report.results import BaseResult, RunReport, TextResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.run_it import run_line, runs_in_llama_cpp
 from qatlora.report.validate_text import validate_headline, validate_reasons
 
 
@@ -39,6 +41,9 @@ def verdict(report: RunReport) -> Verdict:
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
+    if report.doctor is not None:
+        good = not report.doctor.missing
+        return Verdict(doctor_headline(report.doctor), good, remedies(report.doctor))
     if report.plan is not None:
         return Verdict(plan_headline(report.plan), None, [])
     if report.preview is not None:
@@ -50,6 +55,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.fidelity is not None:
         first, *others = headlines(report.fidelity) or ["Every reference equals itself."]
         return Verdict(first, None, others)
+    if report.patch is not None and report.guard is None:
+        return Verdict("Patched: by its SHA-256 it is the file that was exported.", True, [])
     published = "published" if report.export else "nothing was published"
     if report.guard is None:
         return Verdict(f"No guard in this recipe; {published}.", None, [])
@@ -86,6 +93,13 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         lines.append(("file", report.export.path))
         lines.append(("size", f"{size}, tensors: {types}" if types else size))
         lines.append(("sha256", report.export.sha256))
+        if runs_in_llama_cpp(report):
+            lines.append(("run it", run_line(report)))
+    if report.patch:
+        share = format_share(report.patch.bytes / report.patch.base_bytes)
+        lines.append(("step patch", report.patch.path))
+        size = f"{format_bytes(report.patch.bytes)}, {share} of the base's {report.patch.base}"
+        lines.append(("patch size", size))
     if report.checkpoint:
         lines.append(("checkpoint", report.checkpoint.path))
         share = format_share(report.checkpoint.on_grid_share)

@@ -14,10 +14,13 @@ MARKDOWN_NAME = "report.md"
 HTML_NAME = "report.html"
 
 
-def write_report(report: RunReport, run_dir: Path) -> None:
+def write_report(report: RunReport, run_dir: Path) -> list[Path]:
     """Write the report of a run, passed or failed, complete or not; files are whole or absent.
 
     `report.json` comes last, so whoever finds it finds the rest as well.
+
+    Returns:
+        The files, plots first.
 
     Raises:
         ReportError: a figure is not finite; nothing was written then.
@@ -30,3 +33,4 @@ def write_report(report: RunReport, run_dir: Path) -> None:
         images = {name: (run_dir / name).read_bytes() for name in plots}
         write_text(run_dir / HTML_NAME, to_html(report, images))
     write_json(run_dir / JSON_NAME, document)
+    return [run_dir / name for name in (*plots, MARKDOWN_NAME, JSON_NAME)]

@@ -13,7 +13,7 @@ from qatlora.base.names import is_stack
 from qatlora.base.on_grid import on_grid_share, rounded_folder
 from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
-from qatlora.benchmark.adapters import Records, num_trials, run_all, summarize
+from qatlora.benchmark.adapters import Records, most_trials, run_all, summarize
 from qatlora.benchmark.build import Ground
 from qatlora.benchmark.merged import why_not_mergeable
 from qatlora.benchmark.methods import METHODS, chosen_methods
@@ -86,7 +86,7 @@ def _adapters(state: Run) -> None:
     bench, before, base_digest = _bench(state, ground, batches[settings.seeds[0]])
     records = Records(state.run_dir / "runs", _common(state, bench, base_digest))
 
-    with state.bar("trials", num_trials(methods, settings), "trials") as advance:
+    with state.bar("trials", most_trials(methods, settings), "trials") as advance:
 
         def run(trial: Trial) -> MethodRun:
             finished = records.find_or_run(

@@ -11,7 +11,7 @@ from qatlora.export.folders import copy_side_files
 from qatlora.report.card import CARD, model_card
 from qatlora.report.results import BaseResult
 from qatlora.report.results_build import BuildResult
-from qatlora.state import Run
+from qatlora.state import Run, report_of
 
 _BUILDERS = {"q4_0": build_q4_0, "nf4": build_nf4}
 _LABELS = {"q4_0": "Q4_0", "nf4": "NF4"}
@@ -64,8 +64,7 @@ def build(state: Run) -> None:
             on_grid_share=record.on_grid_share,
             digest=record.base_digest,
         )
-        card = model_card(state.build, state.base_result, cfg.base.hub_id)
-        files.write_text(folder / CARD, card)
+        files.write_text(folder / CARD, model_card(report_of(state)))
 
 
 def _target(state: Run) -> Path:

@@ -7,6 +7,7 @@ from qatlora.adapters.saved import read_identity
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer, require_storage
 from qatlora.base.source import find_source
+from qatlora.config import Trained
 from qatlora.data.templates import chosen_template
 from qatlora.export.checkpoint import require_plain
 from qatlora.grid.fused import compiles_on
@@ -16,11 +17,13 @@ from qatlora.stages.benchmark import check_benchmark
 from qatlora.stages.build import check_build
 from qatlora.stages.fidelity import check_fidelity
 from qatlora.stages.inspect import check_inspect
+from qatlora.stages.patch import check_patch
 from qatlora.stages.runtime import announce_runtime
 from qatlora.stages.teacher import check_teacher
 from qatlora.stages.teacher_cache import check_teacher_cache
 from qatlora.stages.validate import check_validate
 from qatlora.state import Run
+from qatlora.tracking import require_tracker
 
 
 def preflight(state: Run) -> None:
@@ -30,12 +33,17 @@ def preflight(state: Run) -> None:
         QatloraError: something is missing or wrong, or the machine too small.
     """
     cfg = state.cfg
+    kind = cfg.adapter.kind.name
     if cfg.adapter.path is not None:
-        read_identity(Path(cfg.adapter.path))
+        kind = read_identity(Path(cfg.adapter.path)).rule.kind
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
     compiles_on(state.device)  # refuses an unknown choice
+    if "train" in cfg.stages:
+        require_tracker(cfg.logging)
+    if cfg.export.patch and "publish" in cfg.stages:
+        check_patch(state, "latents" if cfg.distill.train is Trained.weights else kind)
     needs = estimate(cfg, state.source, state.layout, state.device)
     require(needs, target(cfg), state.device)
     if "save_base" in cfg.stages:

@@ -7,7 +7,8 @@ from qatlora.state import Run, report_of
 
 
 def report(state: Run) -> None:
-    """Write report.json, report.md and the plots, and print the table."""
+    """Write report.json, report.md and the plots, track them, and print the table."""
     figures = report_of(state)
-    write_report(figures, state.run_dir)
+    written = write_report(figures, state.run_dir)
+    state.tracker.report(figures, written)
     progress.console.print(to_console(figures))

@@ -27,6 +27,7 @@ from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_
 _FUSED_FROM = 1 << 24
 
 OnStep = Callable[[int], None]
+OnPoint = Callable[[TrainPoint], None]
 
 
 class Trainable(Protocol):
@@ -62,11 +63,13 @@ def train(
     seed: int,
     bf16: bool,
     on_step: OnStep,
+    on_point: OnPoint | None = None,
 ) -> TrainResult:
     """Run the optimizer over `rows` in their order, `rows_per_step` at a time.
 
     Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
-    With `settings.resume` the run goes on from the last checkpoint, where there is one.
+    `on_point` gets each of these lines. With `settings.resume` the run goes on from the last
+    checkpoint, where there is one.
 
     Raises:
         ConfigError: under torchrun, rows that cannot be shared out evenly.
@@ -77,7 +80,12 @@ def train(
         lambda: checkpoints.begin(run_dir, resume=settings.resume)
     )
     adapted.keep_blocks(settings.keep_blocks)
-    log = StepLog(run_dir / "train_log.jsonl", resume=checkpoint is not None, on_step=on_step)
+    log = StepLog(
+        run_dir / "train_log.jsonl",
+        resume=checkpoint is not None,
+        on_step=on_step,
+        on_point=on_point,
+    )
     interruption = Interruption()
     trainer = GridTrainer(
         objective=objective,
@@ -127,8 +135,7 @@ def _arguments(
         save_steps=settings.save_steps,
         logging_steps=logging.log_steps,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not smoothed over
-        report_to=logging.report_to.name,
-        run_name=run_dir.name,
+        report_to="none",  # qatlora.tracking does that, and after training, too
         seed=seed,
         data_seed=seed,
         train_sampling_strategy="sequential",  # the rows come mixed and in order
@@ -190,10 +197,13 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 class StepLog(TrainerCallback):
     """Keeps the history, appends it to a JSONL file, and moves the bar."""
 
-    def __init__(self, path: Path, *, resume: bool, on_step: OnStep) -> None:
+    def __init__(
+        self, path: Path, *, resume: bool, on_step: OnStep, on_point: OnPoint | None = None
+    ) -> None:
         self.history: list[TrainPoint] = []
         self._path = path
         self._on_step = on_step
+        self._on_point = on_point
         self._last = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -233,6 +243,8 @@ class StepLog(TrainerCallback):
             return
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(_line(point))
+        if self._on_point is not None:
+            self._on_point(point)
 
 
 def _line(point: TrainPoint) -> str:

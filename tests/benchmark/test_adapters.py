@@ -1,17 +1,18 @@
 """The suite adapters: its plan, its arithmetic, its records. Trainings are made up."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 
-from qatlora.benchmark.adapters import Records, num_trials, run_all, summarize
+from qatlora.benchmark.adapters import Records, most_trials, run_all, summarize
 from qatlora.benchmark.trial import Trial
 from qatlora.config import BenchmarkConfig, BenchmarkMethod
 from qatlora.report.results_benchmark import Losses, MethodRun
 
 BOUND, NF4, STEPS = (BenchmarkMethod[m] for m in ("peft_bf16", "peft_nf4", "steps_q4_0"))
-SETTINGS = BenchmarkConfig(learning_rates=[1e-3, 2e-3], seeds=[0, 5], steps_rate_factor=10.0)
+SETTINGS = BenchmarkConfig(learning_rates=[1e-3, 2e-3], extra_rates=0, seeds=[0, 5])
 BEFORE = Losses(task=3.0, validation=3.0, general=3.0, general_kld=0.0)
 
 
@@ -46,10 +47,32 @@ def test_every_method_is_tuned_on_the_first_seed_and_repeated_at_its_best_rate()
         return made_up(trial)
 
     run_all([BOUND, STEPS], SETTINGS, run)
-    assert len(seen) == num_trials([BOUND, STEPS], SETTINGS) == 6
+    assert len(seen) == most_trials([BOUND, STEPS], SETTINGS) == 6
     plan = [(t.method, t.learning_rate, t.seed) for t in seen]
     assert plan[:3] == [(BOUND, 1e-3, 0), (BOUND, 2e-3, 0), (BOUND, 2e-3, 5)]
     assert all(t.steps_learning_rate == 10 * t.learning_rate for t in seen)
+
+
+@pytest.mark.parametrize(
+    ("best_rate", "tried"),
+    [
+        (2e-3, [1e-3, 2e-3, 4e-3]),
+        (8e-3, [1e-3, 2e-3, 4e-3, 8e-3]),  # and no more than two beyond
+        (5e-4, [1e-3, 2e-3, 5e-4, 2.5e-4]),
+    ],
+)
+def test_rates_beyond_an_end_are_tried_while_the_best_lies_there(
+    best_rate: float, tried: list[float]
+) -> None:
+    settings = dataclasses.replace(SETTINGS, extra_rates=2)
+
+    def run(trial: Trial) -> MethodRun:
+        found = losses(abs(math.log(trial.learning_rate / best_rate)))
+        return dataclasses.replace(made_up(trial), unmerged=found, deployed=found)
+
+    runs = run_all([STEPS], settings, run)
+    assert [run.learning_rate for run in runs] == [*tried, best_rate]
+    assert len(runs) <= most_trials([STEPS], settings) == 5
 
 
 def test_shares_are_of_the_gain_that_the_bound_makes_unmerged() -> None:

@@ -9,6 +9,7 @@ from data_samples import talk
 from qatlora.data.templates import (
     TurnRules,
     has_generation_markers,
+    ollama_template,
     render,
     shipped_template,
     shipped_templates,
@@ -123,3 +124,14 @@ def test_rules_of_turns_are_found_by_trying(gemma, smol):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )
     assert not turn_rules(smol, no_system).system
+
+
+def test_ollama_gets_a_form_of_our_own_gemma_template_and_of_no_other() -> None:
+    exported = strip_generation_markers(shipped_template("gemma3"))
+    form = ollama_template(exported)
+    assert form is not None
+    assert form.count("{{") == form.count("}}")
+    assert '"""' not in form  # the quotes around it in a Modelfile
+    assert all(mark in form for mark in ("<start_of_turn>", "<end_of_turn>", "model"))
+    assert ollama_template(exported + " ") is None
+    assert ollama_template("") is None

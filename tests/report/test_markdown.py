@@ -98,7 +98,7 @@ def test_the_commands_quote_the_path(run_report):
     text = to_markdown(replace(run_report, export=export))
     assert "llama-cli -m 'my runs/Model 1.gguf'" in text
     assert "llama-server -m 'my runs/Model 1.gguf' --port 8080" in text
-    assert "ollama create model-1 -f Modelfile" in text
+    assert "ollama create model-1 -f 'my runs/Modelfile'" in text
 
 
 def test_answers_stand_under_their_prompt_with_the_base_first(run_report):

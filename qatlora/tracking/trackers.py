@@ -1,0 +1,71 @@
+"""What a tracker is, and which one the settings ask for."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qatlora.config import LoggingConfig, ReportTo
+from qatlora.errors import ConfigError
+from qatlora.report.results import RunReport, TrainPoint
+
+_PACKAGES = {ReportTo.wandb: "wandb", ReportTo.tensorboard: "tensorboard"}
+
+
+class Tracker(Protocol):
+    """Takes the figures of one run as they come."""
+
+    def log(self, point: TrainPoint) -> None:
+        """Take one line of the training log."""
+
+    def report(self, report: RunReport, written: Sequence[Path]) -> None:
+        """Take the report's tables and its files: report.json, report.md and the plots."""
+
+    def close(self, *, failed: bool) -> None:
+        """End the run; what was logged before stays."""
+
+
+class NoTracker:
+    """Takes everything and does nothing."""
+
+    def log(self, point: TrainPoint) -> None:
+        """Do nothing."""
+
+    def report(self, report: RunReport, written: Sequence[Path]) -> None:
+        """Do nothing."""
+
+    def close(self, *, failed: bool) -> None:
+        """Do nothing."""
+
+
+def require_tracker(settings: LoggingConfig) -> None:
+    """Find the package of the chosen tracker, before any long work.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    package = _PACKAGES.get(settings.report_to)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"logging.report_to={settings.report_to.name} needs the package {package}, which is "
+            f"not installed. Add it with: pip install {package}, or use logging=none."
+        )
+
+
+def open_tracker(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) -> Tracker:
+    """Begin to follow a run.
+
+    Args:
+        settings: which tracker.
+        run_dir: the run's folder; trackers keep their files in it.
+        config: the run's settings, JSON values only.
+    """
+    if settings.report_to is ReportTo.wandb:
+        from qatlora.tracking.wandb_run import WandbTracker
+
+        return WandbTracker(settings.project, run_dir, config)
+    if settings.report_to is ReportTo.tensorboard:
+        from qatlora.tracking.tensorboard_run import TensorBoardTracker
+
+        return TensorBoardTracker(run_dir)
+    return NoTracker()
