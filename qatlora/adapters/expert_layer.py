@@ -10,7 +10,7 @@ from qatlora.base.linear import GridLinear
 class StackAdapter(AdapterLayer[ExpertStack], Stacked):
     """Factors of all experts, as PEFT's `target_parameters` has them for a fused parameter.
 
-    docs/decisions/0012-experts-are-a-stack-of-linears.md compares the two layouts.
+    docs/decisions/0013-experts-are-a-stack-of-linears.md compares the two layouts.
     """
 
     def linears(self) -> list["ExpertAdapter"]:
