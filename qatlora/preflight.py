@@ -79,8 +79,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
-        # transformers quantizes to NF4 while it loads; a build is packed already.
-        loads_dense=loads_dense and cfg.storage.kind is not Storage.nf4,
+        loads_dense=loads_dense,
         on_host=on_host,
     )
 
@@ -137,7 +136,7 @@ def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: tor
     memory = _IMPORTED_LIBRARIES_BYTES + models + _CACHE_CHUNKS * chunk
     disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
     disk += (head + 2 * cfg.data.eval_tokens * shape.hidden_size) * BF16_BYTES
-    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
+    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_active_weights + head)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
@@ -177,7 +176,7 @@ def estimate_fidelity(
     states = num_tokens * int(source.text_config["hidden_size"]) * value_bytes
     model = layout.num_parameters * (value_bytes + BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
     judged = settings.llama_cpp_tokens if settings.llama_cpp else 0
     disk = _REPORT_BYTES + judged * kld_base.bytes_per_token(source.vocab_size)
@@ -193,9 +192,12 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
 
 def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
     """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
-    others = layout.num_parameters - layout.num_grid_weights
-    bits = CODE_BITS[cfg.storage.kind.name] + STEP_BITS
-    built = layout.num_grid_weights * bits / 8 + others * BF16_BYTES
+    coded = layout.num_grid_weights
+    if cfg.storage.kind is Storage.nf4:  # experts stay bf16 in its folder
+        coded -= layout.num_expert_weights
+    bits = CODE_BITS[cfg.storage.kind.name]
+    built = coded * bits / 8 + (layout.num_parameters - coded) * BF16_BYTES
+    built += layout.num_grid_weights * STEP_BITS / 8
     memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
     memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
     if cfg.storage.kind is Storage.nf4:
@@ -207,7 +209,7 @@ def _estimate_validate(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """One model after the other: in bf16, and in fp32 where an adapter is merged or types read."""
-    decoder = 2.0 * (layout.num_grid_weights + source.num_head_weights)
+    decoder = 2.0 * (layout.num_active_weights + source.num_head_weights)
     tokens = 2 * _VALIDATED_MODELS * cfg.data.eval_tokens  # of two texts
     memory = _IMPORTED_LIBRARIES_BYTES + layout.num_parameters * (FP32_BYTES + BF16_BYTES)
     disk = layout.num_parameters * (2 * BF16_BYTES + 1)  # in the temporary folder
@@ -222,7 +224,7 @@ def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
     trained = cfg.train.max_steps * cfg.train.rows_per_step * row_tokens if "train" in stages else 0
     evaluations = len({"evaluate_base", "evaluate_trained", "guard"} & stages) + 1
     evaluated = 2 * evaluations * cfg.data.eval_tokens
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     # Training: student forward, one backward product of the inputs and another of the weights or
     # factors, and the teacher; the head three times.
     return trained * (4 * decoder + 3 * head) + evaluated * (2 * decoder + 2 * head)

@@ -83,7 +83,7 @@ def _target(state: Run) -> Path:
 
 
 def _result(state: Run, record: GridRecord, folder: Path, continuation: str | None) -> BuildResult:
-    quantized = state.layout.grid if record.storage == "q4_0" else state.layout.nf4
+    quantized = state.layout.grid if record.storage == "q4_0" else state.layout.nf4_modules
     kinds = [name.rpartition(".")[2] for name in quantized]
     return BuildResult(
         path=str(_target(state)),

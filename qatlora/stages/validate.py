@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qatlora.base.from_gguf import config_from_gguf, model_from_gguf, require_fit
 from qatlora.base.layout import plain_config
 from qatlora.base.load import load_plain
-from qatlora.base.names import text_model_name
+from qatlora.base.names import text_model_name, weight_key
 from qatlora.base.on_grid import on_grid_share
 from qatlora.base.others import deploy_others
 from qatlora.base.plain import put_blocks
@@ -186,7 +186,7 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
         GGUF,
         checkpoint,
         state.layout.trained,
-        lambda m, _: weights[f"{text_model_name(m)}.weight"].cpu(),
+        lambda m, _: weights[text_model_name(weight_key(m))].cpu(),
     )
     state.validation = dataclasses.replace(state.validation, types=[*state.validation.types, found])
     return gguf_gates(kld.mean, found.exact_share, share, state.cfg.validate)

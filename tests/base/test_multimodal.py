@@ -1,6 +1,5 @@
 """Multimodal checkpoints: names in the files, frozen towers, NF4 in a tower, what is left out."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,9 @@ def test_towers_stay_as_they_are_and_every_matrix_of_the_decoder_is_deployed(
     matrices = {
         name
         for name, parameter in base.model.named_parameters()
-        if name.startswith("model.language_model.") and parameter.ndim == 2
+        if name.startswith("model.language_model.")
+        and parameter.ndim == 2
+        and ".router." not in name  # F32 in the file
     }
     assert changed == matrices
     assert any("embed_tokens.weight" in name for name in changed)
@@ -106,17 +107,6 @@ def test_keys_of_layers_that_share_them_are_not_exported(
     assert "blk.3.attn_k.weight" not in exported
     built_folder(folder, tmp_path / "build", "q4_0")
     assert loaded(tmp_path / "build").digest == loaded(folder).digest
-
-
-@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_dense"], indirect=True)
-def test_a_mixture_of_experts_is_refused(tiny_multimodal_folder: Path, tmp_path: Path):
-    config = json.loads((tiny_multimodal_folder / "config.json").read_text())
-    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
-    text = config["text_config"] | experts | {"moe_intermediate_size": 32}
-    folder = edited_folder(tiny_multimodal_folder, tmp_path / "base", text_config=text)
-    base = BaseConfig(path=str(folder))
-    with pytest.raises(CheckpointError, match="mixture of 4 experts.*Use a dense checkpoint"):
-        find_layout(find_source(base), base)
 
 
 @pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_dense"], indirect=True)

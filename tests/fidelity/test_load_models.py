@@ -23,7 +23,9 @@ from qatlora.adapters.saved import save_adapter
 from qatlora.base.from_gguf import config_from_gguf
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer
+from qatlora.base.names import is_stack, weight_key
 from qatlora.base.source import find_source
+from qatlora.base.stores import dequantized_nf4
 from qatlora.config import BaseConfig
 from qatlora.fidelity.load import BEFORE, LoadSettings, load_models
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
@@ -89,6 +91,20 @@ def test_q4_0_are_the_blocks_that_training_would_start_from(tiny_gemma3_folder):
     for name in base.grid:
         blocks = base.model.get_submodule(name).base_blocks()
         assert torch.equal(model.get_submodule(name).weight, decode(blocks, torch.float32))
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_experts_are_what_training_would_start_from(tiny_multimodal_folder, kind):
+    model = only(checkpoint(tiny_multimodal_folder, kind), tiny_multimodal_folder)
+    base = loaded(tiny_multimodal_folder, kind)
+    for name in filter(is_stack, base.grid):
+        stack = base.model.get_submodule(name)
+        if kind == "nf4":
+            expected = torch.stack([dequantized_nf4(one.store.weight) for one in stack.linears()])
+        else:
+            expected = decode(stack.base_blocks())
+        assert torch.equal(model.get_parameter(weight_key(name)), expected.float())
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "nf4"])
