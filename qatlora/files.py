@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+SUMS = "SHA256SUMS"
+"""What a folder says of its files, one line each, as `sha256sum -c` reads it."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -71,6 +74,34 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinity are refused, as JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_sums(folder: Path) -> None:
+    """Record the SHA-256 of every file in `folder`, but of cards (.md), which people may edit."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
+    lines = [f"{sha256_of_file(path)}  {path.name}\n" for path in paths]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def broken_sum(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+    """What differs between a folder and its sums, for an error; None where nothing does.
+
+    Args:
+        folder: one without sums is as it is: nothing can be told of it.
+        wanted: names of the files to look at.
+    """
+    if not (folder / SUMS).is_file():
+        return None
+    for line in (folder / SUMS).read_text("utf-8", errors="replace").splitlines():
+        recorded, _, name = line.partition("  ")
+        if not name or Path(name).name != name:
+            return f"{folder / SUMS} holds {line[:80]!r}, which is no sum of a file in its folder"
+        if not wanted(name):
+            continue
+        found = sha256_of_file(folder / name) if (folder / name).is_file() else "none"
+        if found != recorded:
+            return f"{folder / name} has the SHA-256 {found}, and {SUMS} beside it says {recorded}"
+    return None
 
 
 def sha256_of_file(path: Path) -> str:

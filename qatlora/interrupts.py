@@ -36,7 +36,8 @@ def interrupt(number: int, frame: FrameType | None = None) -> NoReturn:
         Interrupted: always.
     """
     raise Interrupted(
-        f"Ended by {signal.Signals(number).name}; what was written before stays in the run folder. "
-        "Go on with the same command and train.resume=true run_dir=THAT_FOLDER.",
+        f"Ended by {signal.Signals(number).name}; what was written before stays in the run folder, "
+        "and the same command with run_dir=THAT_FOLDER starts again there. Training goes on from "
+        "its last checkpoint with train.resume=true; a teacher cache is added to without it.",
         number,
     )

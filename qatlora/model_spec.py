@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qatlora.errors import ConfigError, closest
+from qatlora.paths import user_path
 
 STORAGES = ("nf4", "q4_0", "q4_0_reference", "bf16")
 BASE = "base"
@@ -92,7 +93,7 @@ def _parse(key: str, text: str) -> ModelSpec:
     prefix, colon, name = place.partition(":")
     if colon and prefix in _PREFIXES:
         return ModelSpec(text, prefix, name, storage)
-    path = Path(place).expanduser().absolute()
+    path = user_path(key, place).absolute()
     kind = _kind_of(key, text, path)
     if kind in ("gguf", "adapter") and storage is not None:
         raise ConfigError(
@@ -109,7 +110,7 @@ _WHY_FIXED = {
 
 def _split_storage(key: str, text: str) -> tuple[str, str | None]:
     place, at, storage = text.rpartition("@")
-    if not at or "/" in storage or Path(text).expanduser().exists():
+    if not at or "/" in storage or user_path(key, text).exists():
         return text, None
     if storage not in STORAGES:
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from qatlora import processes
 from qatlora.base.layout import Layout, plain_config
 from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
@@ -260,22 +261,33 @@ def lacking_memory(needs: Needs, device: torch.device) -> str | None:
     """How much is needed and free, as a clause; None where it suffices."""
     on_gpu = device.type == "cuda"
     available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
-    if needs.memory_bytes <= available:
+    sharing = _sharing(device)
+    needed = sharing * needs.memory_bytes
+    if needed <= available:
         return None
-    return f"about {_gb(needs.memory_bytes)} of memory are needed and {_gb(available)} are free"
+    each = f" ({sharing} processes of {_gb(needs.memory_bytes)})" if sharing > 1 else ""
+    return f"about {_gb(needed)} of memory are needed{each} and {_gb(available)} are free"
+
+
+def _sharing(device: torch.device) -> int:
+    """Processes of this run in the same memory."""
+    return 1 if device.type == "cuda" else processes.count_here()
 
 
 def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
+
+    Every process holds a base of its own: on a GPU of its own, on a CPU in the same memory.
 
     Raises:
         ResourceError: too little memory or disk, with both figures and a remedy.
     """
     lacking = lacking_memory(needs, device)
     if lacking is not None:
+        fewer = "start fewer processes, " if _sharing(device) > 1 else ""
         raise ResourceError(
-            f"For this run, {lacking}. Close other programs, take storage=q4_0 or a smaller base, "
-            "lower train.micro_batch_rows, or set train.gradient_checkpointing=true or "
+            f"For this run, {lacking}. Close other programs, {fewer}take storage=q4_0 or a smaller "
+            "base, lower train.micro_batch_rows, or set train.gradient_checkpointing=true or "
             "evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
     places = (written_to.folder, *written_to.folder.absolute().parents)

@@ -18,6 +18,14 @@ from qatlora.errors import ConfigError
 
 _LONGEST_WAIT = timedelta(days=2)  # for an evaluation or an export by the first process
 
+# What `accelerate launch` tells its processes; Trainer acts on it, whatever model it is given.
+_SHARDING = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+
 Result = TypeVar("Result")
 
 
@@ -29,6 +37,11 @@ def is_first() -> bool:
 def count() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def count_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
 
 
 def require_one(recipe: str) -> None:
@@ -44,13 +57,27 @@ def require_one(recipe: str) -> None:
         )
 
 
+def _refuse_sharding() -> None:
+    chosen = [name for name in _SHARDING if os.environ.get(name) == "true"]
+    if chosen:
+        raise ConfigError(
+            f"accelerate was told to shard the model ({chosen[0]}=true), and a base on the grid is "
+            "packed bytes beside its steps, which cannot be cut into pieces of parameters. Launch "
+            "with distributed_type: MULTI_GPU, as docs/accelerate/two_gpus.yaml has it."
+        )
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
     """Connect the processes for a run; without torchrun nothing is done.
 
     Args:
         device: the setting train.device; each process takes the GPU of its local rank.
+
+    Raises:
+        ConfigError: accelerate's configuration asks for FSDP or the like.
     """
+    _refuse_sharding()
     if count() == 1:
         yield
         return

@@ -1,8 +1,9 @@
 """Kill a run at random moments, start it again each time, compare it with an uninterrupted one.
 
-    python tests/kill_runs.py BASE FOLDER NUM_KILLS [SEED]
+    python tests/kill_runs.py BASE FOLDER NUM_KILLS [TARGET ...]
 
-Prints one JSON line. Each run is a fork of this process, which has imported everything: a start
+Kills each target of `kill_targets.TARGETS`, or those that are named, NUM_KILLS times, and prints
+one JSON line for it. Each run is a fork of this process, which has imported everything: a start
 takes no longer than its work, so that the moments are spread over all stages.
 """
 
@@ -13,19 +14,18 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from pipeline_cases import settings, write_data
+from kill_targets import TARGETS, Case, Target
 from safetensors.torch import load_file
 
-from qatlora import pipeline
-from qatlora.config import RootConfig
-from qatlora.files import sha256_of_file
+from qatlora.files import SUMS, broken_sum
 from qatlora.llamacpp.gguf_read import read_gguf
 
-NUM_STEPS = 24
-READERS = {
+READERS: dict[str, Callable[[Path], object]] = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
     ".jsonl": lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()],
     ".safetensors": load_file,
@@ -33,114 +33,126 @@ READERS = {
     ".pt": torch.load,
     ".png": lambda path: path.read_bytes().index(b"IEND"),
 }
-COMPARED = ("adapter/adapter_model.safetensors", "adapter/identity.json", "*.gguf")
 
 
-def start(cfg: RootConfig) -> int:
-    """Run the pipeline in a fork; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
+class Watched(NamedTuple):
+    """A start: whether it was killed, and the seconds until its end and in its long part."""
+
+    killed: bool
+    seconds: float
+    seconds_at_work: float
+
+
+class Runner(NamedTuple):
+    """Starts one target in run folders."""
+
+    target: Target
+    case: Case
+
+    @property
+    def last_trace(self) -> str:
+        """What a run that has done everything has left, even where the kill came before its end."""
+        return next(iter(self.target.traces))
+
+    def start(self, run_dir: Path) -> int:
+        """Run in a fork; its process id."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                self.target.run(self.case, run_dir)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        return pid
+
+    def watch(self, run_dir: Path, limit: float, *, at_work: bool = False) -> Watched:
+        """Start, and kill after `limit` seconds of the run, or of its long part."""
+        earlier = last_change(run_dir, self.target.work)
+        pid = self.start(run_dir)
+        begin = time.monotonic()
+        work_began = None
+        while True:
+            now = time.monotonic()
+            if work_began is None and last_change(run_dir, self.target.work) > earlier:
+                work_began = now
+            since = work_began if at_work else begin
+            if since is not None and now > since + limit:
+                os.kill(pid, signal.SIGKILL)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.001)
+        killed = os.WIFSIGNALED(status)
+        assert killed or status == 0, f"a run in {run_dir} failed"
+        return Watched(killed, now - begin, now - (work_began or now))
+
+    def require_whole(self, run_dir: Path) -> str:
+        """Every file at a final path is whole, as its folder's sums say; the furthest trace."""
+        paths = [path.relative_to(run_dir) for path in sorted(run_dir.rglob("*"))]
+        final = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+        for path in final:
+            READERS.get(path.suffix, lambda _: None)(run_dir / path)
+            if path.name == SUMS:
+                assert broken_sum((run_dir / path).parent) is None
+        checkpoints = [path for path in final if path.name.startswith("checkpoint-")]
+        assert all((run_dir / path / "trainer_state.json").is_file() for path in checkpoints)
+        found = (name for name, one in self.target.traces.items() if any(run_dir.glob(one)))
+        return next(found, "before")
+
+
+def last_change(run_dir: Path, pattern: str) -> int:
+    """When the newest of the files was written, 0 where there is none."""
+    found = [0]
+    for path in run_dir.glob(pattern):
         try:
-            pipeline.run(cfg)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
+            found.append(path.stat().st_mtime_ns)
+        except FileNotFoundError:  # the run has just renamed it
+            continue
+    return max(found)
 
 
-def finish(cfg: RootConfig) -> float:
-    """Run to the end; seconds."""
-    begin = time.monotonic()
-    _, status = os.waitpid(start(cfg), 0)
-    assert status == 0, f"the run in {cfg.run_dir} failed"
-    return time.monotonic() - begin
+def kill(runner: Runner, folder: Path, num_kills: int) -> Counter[str]:
+    """Kill `num_kills` times, every other time in the long part; a run that ends is compared.
 
-
-def kill_after(cfg: RootConfig, seconds: float, *, in_training: bool) -> bool:
-    """Kill after these seconds of a run, or of its training; True if it was still at work then."""
-    log = Path(cfg.run_dir) / "train_log.jsonl"
-    earlier = last_change(log)
-    pid = start(cfg)
-    begin = time.monotonic()
-    while time.monotonic() < begin + seconds:
-        if in_training and last_change(log) == earlier:
-            begin = time.monotonic()
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0, f"a resumed run in {cfg.run_dir} failed"
-            return False
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status)
-
-
-def last_change(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.is_file() else 0
-
-
-def require_whole(run_dir: Path) -> str:
-    """Every file at a final path can be read to its end; the furthest trace that the run left."""
-    paths = [path.relative_to(run_dir) for path in sorted(run_dir.rglob("*"))]
-    final = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    for path in final:
-        READERS.get(path.suffix, lambda _: None)(run_dir / path)
-    checkpoints = [path for path in final if path.name.startswith("checkpoint-")]
-    assert all((run_dir / path / "trainer_state.json").is_file() for path in checkpoints)
-    traces = {
-        "published": "*.gguf",
-        "candidate": ".candidate",
-        "adapter": "adapter",
-        "checkpoint": "checkpoints/checkpoint-*",
-        "training": "train_log.jsonl",
-    }
-    return next((name for name, glob in traces.items() if any(run_dir.glob(glob))), "before")
-
-
-def outcome(run_dir: Path) -> dict[str, object]:
-    """Digests of what was trained and published, and the losses."""
-    lines = (run_dir / "train_log.jsonl").read_text("utf-8").splitlines()
-    files = [path for glob in COMPARED for path in sorted(run_dir.glob(glob))]
-    return {
-        "losses": [json.loads(line)["loss"] for line in lines],
-        "digests": {path.name: sha256_of_file(path) for path in files},
-    }
-
-
-def main(base: Path, folder: Path, num_kills: int, seed: int) -> None:
-    """Kill `num_kills` times, every other time in training; a run that ends is compared."""
-    torch.set_num_threads(1)
-    data = write_data(folder)
-    moments = random.Random(seed)
-
-    def course(name: str) -> RootConfig:
-        cfg = settings(base, data, folder / name)
-        cfg.train.max_steps, cfg.train.resume = NUM_STEPS, True
-        return cfg
-
-    seconds = finish(course("whole"))
-    report = json.loads((folder / "whole" / "report.json").read_text("utf-8"))
-    wanted = outcome(folder / "whole")
-    assert len(wanted["losses"]) == NUM_STEPS
+    Returns:
+        The furthest trace that a killed run had left -> how often it was that one.
+    """
+    moments = random.Random(0)
+    whole = runner.watch(folder / "whole", float("inf"))
+    wanted = runner.target.outcome(folder / "whole")
+    assert wanted
     found: Counter[str] = Counter()
     number = number_of_starts = 0
     while found.total() < num_kills:
-        cfg = course(f"killed-{number}")
-        in_training = number_of_starts % 2 == 0
-        longest = report["train"]["seconds"] if in_training else seconds
-        if kill_after(cfg, moments.uniform(0, longest), in_training=in_training):
-            found[require_whole(Path(cfg.run_dir))] += 1
-        else:
-            assert outcome(Path(cfg.run_dir)) == wanted
+        run_dir = folder / f"killed-{number}"
+        at_work = number_of_starts % 2 == 0
+        longest = whole.seconds_at_work if at_work else whole.seconds
+        fresh = not run_dir.exists()
+        watched = runner.watch(run_dir, moments.uniform(0, longest), at_work=at_work)
+        reached = runner.require_whole(run_dir)
+        if watched.killed:
+            found[reached] += 1
+        elif fresh:  # not killed at all: other jobs may have slowed the first one down
+            whole = watched
+        if not watched.killed or reached == runner.last_trace:
+            assert runner.target.outcome(run_dir) == wanted
             number += 1
         number_of_starts += 1
-    last = course(f"killed-{number}")
-    finish(last)
-    assert outcome(Path(last.run_dir)) == wanted
-    print(json.dumps({"kills": found.total(), "at": found, "runs": number + 1}))
+    runner.watch(folder / f"killed-{number}", float("inf"))
+    assert runner.target.outcome(folder / f"killed-{number}") == wanted
+    return found
+
+
+def main(base: Path, folder: Path, num_kills: int, names: list[str]) -> None:
+    """Kill the targets one after the other."""
+    torch.set_num_threads(1)
+    case = Case.make(base, folder)
+    for name in names or TARGETS:
+        found = kill(Runner(TARGETS[name], case), folder / name, num_kills)
+        print(json.dumps({"target": name, "kills": found.total(), "at": found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(*sys.argv[4:5] or [0]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

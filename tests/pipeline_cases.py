@@ -1,13 +1,18 @@
-"""A run of the whole pipeline on a tiny base: its data and its settings."""
+"""Runs of the whole pipeline on a tiny base: their data and their settings."""
 
 import json
 from pathlib import Path
 
-from qatlora.config import DataKind, RootConfig
+from qatlora.config import DataKind, Effect, LatentSteps, RootConfig, Storage, Trained
 
 STAGES = [
     "preflight", "load_data", "load_base", "attach", "evaluate_base", "train", "save_adapter",
     "evaluate_trained", "write_candidate", "guard", "publish", "report",
+]  # fmt: skip
+
+DISTILL_STAGES = [
+    "preflight", "load_data", "load_base", "attach", "evaluate_base", "evaluate_reference", "train",
+    "evaluate_trained", "write_candidate", "guard", "publish", "save_base", "report",
 ]  # fmt: skip
 
 
@@ -46,4 +51,17 @@ def settings(base: Path, data: dict[str, Path], run_dir: Path) -> RootConfig:
     cfg.evaluate.sample_max_new_tokens = 4
     cfg.guard.require_effect, cfg.guard.drift_kld_increase_max_nats = False, 10.0
     cfg.logging.progress_bars = False
+    return cfg
+
+
+def distill(base: Path, data: dict[str, Path], run_dir: Path, steps: str = "frozen") -> RootConfig:
+    """Four steps of KL alone on a tiny base."""
+    cfg = settings(base, data, run_dir)
+    cfg.stages, cfg.card.name = list(DISTILL_STAGES), "qat_distill"
+    cfg.storage.kind = Storage.bf16
+    cfg.distill.train, cfg.distill.steps = Trained.weights, LatentSteps[steps]
+    cfg.teacher.ce_weight, cfg.teacher.kl_weight = 0.0, 0.25
+    cfg.data.replay_rows_per_step = 3
+    cfg.train.learning_rate, cfg.train.steps_learning_rate = 2e-3, 1e-2
+    cfg.guard.effect = Effect.teacher_kld
     return cfg

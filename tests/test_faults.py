@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kill_targets import TARGETS
 from pipeline_cases import STAGES, settings, write_data
 from safetensors.torch import load_file
 
 from qatlora import pipeline
 from qatlora.config import RootConfig
 from qatlora.errors import Interrupted, TrainError
+from qatlora.interrupts import interrupt
 from qatlora.report.results import RunReport
 from qatlora.train.checkpoints import last_checkpoint
 
@@ -132,6 +134,13 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_leaves_a_finite_checkpoin
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+def test_a_signal_outside_of_training_says_how_each_kind_of_run_goes_on() -> None:
+    with pytest.raises(
+        Interrupted, match=r"SIGTERM.*Training .* train\.resume=true; a teacher cache .* without it"
+    ):
+        interrupt(signal.SIGTERM)
+
+
 LIMITED = """\
 import resource, sys
 from pathlib import Path
@@ -165,15 +174,16 @@ def test_a_checkpoint_that_the_system_refuses_is_one_paragraph_and_leaves_none(
 
 @pytest.mark.slow
 @pytest.mark.llama_cpp
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
+def test_runs_killed_at_random_moments_end_as_uninterrupted_ones(
     tiny_gemma3_folder: Path, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "kill_runs.py"), str(tiny_gemma3_folder), str(tmp_path), "3"],
+        [sys.executable, str(TESTS / "kill_runs.py"), str(tiny_gemma3_folder), str(tmp_path), "2"],
         env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {report["target"]: report["kills"] for report in reports} == dict.fromkeys(TARGETS, 2)

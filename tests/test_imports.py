@@ -51,7 +51,16 @@ MAY_IMPORT = {
     "tracking": {"config", "progress", "report"},
     "doctor": {"config", "registry", "llamacpp", "memory", "progress", "report", "tracking"},
     "plan": {"config", "grid", "base", "distill"},
-    "preflight": {"config", "base", "benchmark", "distill", "llamacpp", "memory", "plan"},
+    "preflight": {
+        "config",
+        "base",
+        "benchmark",
+        "distill",
+        "llamacpp",
+        "memory",
+        "plan",
+        "processes",
+    },
     "benchmark": {
         "config",
         "grid",

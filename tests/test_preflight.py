@@ -86,6 +86,22 @@ def test_a_full_disk_is_looked_for_where_the_run_writes(
         preflight.require(preflight.Needs(0, enough + 1, 0), written_to, torch.device("cpu"))
 
 
+def test_processes_of_one_machine_need_the_memory_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qatlora.preflight.available_bytes", lambda: 10e9)
+    needs, written_to = preflight.Needs(4e9, 0, 0), preflight.Target(tmp_path, "run_dir")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # on two machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    preflight.require(needs, written_to, torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(
+        ResourceError,
+        match=r"12\.0 GB of memory are needed \(3 processes of 4\.0 GB\) .* free.*start fewer",
+    ):
+        preflight.require(needs, written_to, torch.device("cpu"))
+
+
 def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
     tiny_llama_folder: Path,
 ) -> None:

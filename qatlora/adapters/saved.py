@@ -4,6 +4,7 @@ adapter_config.json          peft_type QATLORA: plain PEFT knows no such type an
 of serving the adapter off the grid it was trained inside
 adapter_model.safetensors    PEFT's names and tensors, float32
 identity.json                the rule, the base's digest, the digests of the deployed tensors
+SHA256SUMS                   of these three: a damaged adapter is refused
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class AdapterIdentity:
         base_digest: `LoadedBase.digest`.
         trained: the modules in order.
         deployed: tensor name -> SHA-256 of its packed blocks when training ended.
+        others_digest: `LoadedBase.others_digest`; empty in folders of earlier versions.
     """
 
     grid_version: int
@@ -48,6 +50,7 @@ class AdapterIdentity:
     base_digest: str
     trained: tuple[str, ...]
     deployed: dict[str, str]
+    others_digest: str = ""
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path) -> AdapterIdentity:
@@ -61,6 +64,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path) -> AdapterIdentity:
         base_digest=base.digest,
         trained=base.trained,
         deployed=adapted.deployed_digests(),
+        others_digest=base.others_digest,
     )
     config = {
         "peft_type": PEFT_TYPE,
@@ -75,6 +79,7 @@ def save_adapter(adapted: AdaptedModel, folder: Path) -> AdapterIdentity:
         files.write_json(partial / _CONFIG, config)
         files.write_json(partial / _IDENTITY, dataclasses.asdict(identity))
         save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial / _WEIGHTS)
+        files.write_sums(partial)
     return identity
 
 
@@ -82,7 +87,7 @@ def read_identity(folder: Path) -> AdapterIdentity:
     """Read and check the identity file, before anything long is loaded.
 
     Raises:
-        AdapterError: the folder is no adapter of ours, or of another version of the grid.
+        AdapterError: the folder is no adapter of ours, damaged, or of another version of the grid.
     """
     for name in (_CONFIG, _WEIGHTS, _IDENTITY):
         if not (folder / name).is_file():
@@ -90,6 +95,10 @@ def read_identity(folder: Path) -> AdapterIdentity:
                 f"adapter.path is '{folder}', which has no {name}. Give the folder 'adapter' of a "
                 "qatlora run; a plain LoRA of another tool was not trained inside the grid."
             )
+    if problem := files.broken_sum(folder):
+        raise AdapterError(
+            f"{problem}: the adapter is damaged or was edited. Use the folder as the run wrote it."
+        )
     path = folder / _IDENTITY
     try:
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +133,20 @@ def load_adapter(base: LoadedBase, folder: Path) -> tuple[AdaptedModel, AdapterI
             f"'{base.name}' as {base.storage} with digest {base.digest}: their steps or levels "
             "differ, so the adapter would deploy other weights. Set base and storage as in its run."
         )
-    adapted = attach(base, identity.rule)
+    if identity.others_digest not in ("", base.others_digest):
+        raise AdapterError(
+            f"The base in {base.source.folder} has the steps and levels that the adapter in "
+            f"{folder} was trained on, but other embeddings, norms or towers (digest "
+            f"{base.others_digest}, then {identity.others_digest}): it was damaged or edited. Set "
+            "base as in its run."
+        )
+    try:
+        adapted = attach(base, identity.rule)
+    except (TypeError, ValueError, KeyError) as problem:
+        raise AdapterError(
+            f"The rule in {folder / _IDENTITY} cannot be applied ({type(problem).__name__}: "
+            f"{problem}). It is damaged or was edited: use the adapter folder as the run wrote it."
+        ) from problem
     path = folder / _WEIGHTS
     try:
         state = load_file(path)

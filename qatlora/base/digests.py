@@ -1,9 +1,10 @@
 """What a checkpoint is: one digest over all its tensors, however it is cut into files."""
 
 import hashlib
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatlora.base.source import Source
 
@@ -23,6 +24,17 @@ class TensorDigests:
     def digest(self) -> str:
         """Hex SHA-256 over what was added."""
         return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
+
+
+def digest_of_others(model: nn.Module, grid: Collection[str]) -> str:
+    """Digest of what a loaded model has besides the modules `grid`: embeddings, norms, towers."""
+    digests = TensorDigests()
+    seen = {id(one) for name in grid for one in model.get_submodule(name).parameters()}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # tied ones once
+            seen.add(id(tensor))
+            digests.add(key, tensor.detach().cpu())
+    return digests.digest()
 
 
 def digest_of_tensors(source: Source) -> str:

@@ -64,8 +64,7 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     """
     lists = tensor_lists(source.model_type, settings.trained)
     config = plain_config(source.folder)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = _skeleton(config, source.folder)
     trained = matching_weights(skeleton, lists.trained)
     nf4 = _nf4_weights(source, skeleton, set(matching_weights(skeleton, lists.nf4)))
     grid = matching_weights(skeleton, lists.q4_0)
@@ -93,12 +92,37 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
 
 
 def plain_config(folder: Path) -> PreTrainedConfig:
-    """The configuration without marks of quantization, on which transformers would act."""
-    config = AutoConfig.from_pretrained(folder)
+    """The configuration without marks of quantization, on which transformers would act.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as problem:  # transformers raises many classes for one cause
+        raise _unusable_config(folder, problem) from problem
     config._experts_implementation = PLAIN_IMPLEMENTATION
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as problem:  # a size that is none can fail anywhere in the model's code
+        raise _unusable_config(folder, problem) from problem
+    return model
+
+
+def _unusable_config(folder: Path, problem: Exception) -> CheckpointError:
+    reason = (str(problem).strip().splitlines() or ["no reason given"])[0]
+    return CheckpointError(
+        f"transformers can make no model of {folder / 'config.json'} ({type(problem).__name__}: "
+        f"{reason}). The file is damaged, or calls for code of its own, which is never run: fetch "
+        "it again."
+    )
 
 
 def _routed_share(config: PreTrainedConfig) -> float:

@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qatlora.base.digests import digest_of_others
 from qatlora.base.experts import PLAIN_IMPLEMENTATION, put_layer
 from qatlora.base.grids import ON_GRID_SHARE, base_digest, layer_grid
+from qatlora.base.intact import require_all_found, require_sum
 from qatlora.base.layout import Layout
 from qatlora.base.names import weight_key
 from qatlora.base.packed import model_unpacked, model_without_packed
@@ -48,6 +50,7 @@ class LoadedBase:
         on_grid_share: share of the trained blocks that lie on a grid in the checkpoint.
         num_parameters: all parameters of the checkpoint, tied ones once.
         digest: hex SHA-256 over steps and latents of all `grid` tensors.
+        others_digest: the same of all other tensors, as loaded.
     """
 
     name: str
@@ -60,6 +63,7 @@ class LoadedBase:
     on_grid_share: float
     num_parameters: int
     digest: str
+    others_digest: str
 
     @property
     def on_grid(self) -> bool:
@@ -120,6 +124,7 @@ def load_base(
         on_grid_share=num_on_grid / num_blocks,
         num_parameters=layout.num_parameters,
         digest=digest,
+        others_digest=digest_of_others(model, layout.grid),
     )
 
 
@@ -143,7 +148,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as problem:  # transformers raises many classes for one cause
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load ({type(problem).__name__}: "
@@ -260,12 +265,17 @@ def _nf4_config(skipped: tuple[str, ...]) -> BitsAndBytesConfig:
 
 
 def _from_pretrained(folder: Path, device: torch.device, **options: object) -> PreTrainedModel:
+    for path in folder.glob("*.safetensors"):
+        require_sum(path)
     options = {key: value for key, value in options.items() if value is not None}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map=str(device),
             experts_implementation=PLAIN_IMPLEMENTATION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
     except Exception as problem:  # transformers raises many classes for one cause
@@ -274,6 +284,7 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
             f"{str(problem).splitlines()[0]}). Check that the folder is whole and that its "
             "architecture is supported by the installed transformers."
         ) from problem
+    require_all_found(folder, found["missing_keys"])
     return model.eval().requires_grad_(False)
 
 

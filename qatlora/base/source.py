@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qatlora.base.intact import WEIGHTS, check_index, require_sum, require_sums
 from qatlora.base.names import model_name
 from qatlora.base.record import STEPS_FILE, GridRecord, check_tensors, read_record
 from qatlora.base.unpack import embedded_base, unpack_gguf
@@ -66,12 +67,21 @@ class Source:
     @property
     def vocab_size(self) -> int:
         """Rows of the output layer, padding included."""
-        return int(self.text_config["vocab_size"])
+        return self._text_size("vocab_size")
 
     @property
     def num_head_weights(self) -> int:
         """Weights of the output layer, tied or not."""
-        return self.vocab_size * int(self.text_config["hidden_size"])
+        return self.vocab_size * self._text_size("hidden_size")
+
+    def _text_size(self, key: str) -> int:
+        value = self.text_config.get(key)
+        if not isinstance(value, int):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} has {value!r} as {key} of its text model, which "
+                "must be a number. Fetch it again."
+            )
+        return value
 
     @property
     def weight_bytes(self) -> int:
@@ -102,11 +112,13 @@ class Source:
                 f"{self.folder} has no tensor '{name}', which its config.json calls for. The "
                 "folder is incomplete or belongs to another model: download it again."
             )
+        require_sum(self.files[name])
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(self.stored_names.get(name, name))
 
     def steps(self, name: str) -> Tensor:
         """The steps that an NF4 build with a record keeps of its source: float16 [out, in / 32]."""
+        require_sum(self.folder / STEPS_FILE)
         with safe_open(self.folder / STEPS_FILE, framework="pt") as opened:
             return opened.get_tensor(f"{name}.steps")
 
@@ -131,11 +143,25 @@ def read_source(folder: Path, name: str) -> Source:
     Raises:
         CheckpointError: it is broken or of an unsupported kind.
     """
+    require_sums(folder, lambda name: not name.endswith(WEIGHTS))
     config = _read_config(folder)
+    check_index(folder)
     record = read_record(folder, config)
-    found = dict(_tensor_files(folder))
+    found: dict[str, Path] = {}
+    for key, path in _tensor_files(folder):
+        if key in found:
+            raise CheckpointError(
+                f"{folder} holds the tensor '{key}' twice, in {found[key].name} and {path.name}: "
+                "which of them is meant is not known. Remove the file that is left from another "
+                "version of the checkpoint."
+            )
+        found[key] = path
     if record is not None:
-        check_tensors(folder, record, found)
+        try:
+            check_tensors(folder, record, found)
+        except CheckpointError:
+            require_sums(folder, lambda name: True)  # rather names the file than what it lacks
+            raise
     names = {
         key: model_name(key, config["model_type"])
         for key, path in found.items()

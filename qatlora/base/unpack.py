@@ -54,6 +54,7 @@ def unpack_gguf(gguf: Path, target: Path, chat_template: str | None) -> Path:
         _generation_config(content).save_pretrained(folder)
         weights = from_gguf.weights_from_gguf(content, config, torch.bfloat16)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        files.write_sums(folder)
     return target
 
 

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qatlora.config.run import BaseConfig
 from qatlora.config.schema import RootConfig
 from qatlora.errors import ConfigError
-from qatlora.paths import shipped
+from qatlora.paths import shipped, user_path
 
 
 def to_dataclasses(cfg: DictConfig) -> RootConfig:
@@ -46,24 +46,28 @@ def _refuse_added_keys(cfg: DictConfig, schema: DictConfig, prefix: str = "") ->
             _refuse_added_keys(cfg[key], schema[key], f"{prefix}{key}.")
 
 
+_PATHS = (
+    "base.path",
+    "adapter.path",
+    "data.path",
+    "teacher.path",
+    "teacher.cache_path",
+    "build.path",
+    "inspect.against",
+    "validate.merged",
+    "validate.adapter",
+    "validate.gguf",
+    "patch.path",
+    "patch.base",
+)
+
+
 def _settle_paths(root: RootConfig) -> None:
-    for section in (root.base, root.adapter, root.data, root.teacher, root.build):
-        if section.path is not None:
-            section.path = str(Path(section.path).expanduser().absolute())
-    root.data.paths = [str(Path(path).expanduser().absolute()) for path in root.data.paths]
-    if root.inspect.against is not None:
-        root.inspect.against = str(Path(root.inspect.against).expanduser().absolute())
-    if root.teacher.cache_path is not None:
-        root.teacher.cache_path = str(Path(root.teacher.cache_path).expanduser().absolute())
-    for section, key in (
-        (root.validate, "merged"),
-        (root.validate, "adapter"),
-        (root.validate, "gguf"),
-        (root.patch, "path"),
-        (root.patch, "base"),
-    ):
-        if (path := getattr(section, key)) is not None:
-            setattr(section, key, str(Path(path).expanduser().absolute()))
+    for key in _PATHS:
+        section, _, name = key.partition(".")
+        if (text := getattr(getattr(root, section), name)) is not None:
+            setattr(getattr(root, section), name, str(user_path(key, text).absolute()))
+    root.data.paths = [str(user_path("data.paths", path).absolute()) for path in root.data.paths]
 
 
 # Templates of embedded bases that have none; a displaced base must not leave one behind.

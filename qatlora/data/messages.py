@@ -23,6 +23,7 @@ MESSAGES_EXAMPLE = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 )
 _MAX_DEPTH = 32
+_JSON_TYPES = (dict, list, str, bool, int, float)
 _CALL_EXAMPLE = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 
@@ -198,7 +199,7 @@ def _call(call: Any, number: int, place: Place) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parsed(arguments or "{}")
-    if not isinstance(arguments, dict) or _is_too_deep(arguments):
+    if not isinstance(arguments, dict) or not _is_plain(arguments):
         place.refuse(
             f"message {number} calls {shortened(function['name'])!r} with arguments that are no "
             f"JSON object of at most {_MAX_DEPTH} levels",
@@ -210,7 +211,7 @@ def _call(call: Any, number: int, place: Place) -> dict[str, Any]:
 
 def _definitions(tools: Any, place: Place) -> list[Any]:
     definitions = parsed(tools or "[]") if isinstance(tools, str) else tools or []
-    whole = isinstance(definitions, list) and not _is_too_deep(definitions)
+    whole = isinstance(definitions, list) and _is_plain(definitions)
     if not whole or not all(isinstance(one, dict) for one in definitions):
         place.refuse(
             "'tools' is neither a list of objects nor the JSON text of one",
@@ -269,12 +270,14 @@ def _members(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _is_too_deep(value: Any) -> bool:
-    """Nested so deeply that rendering it would exceed Python's recursion limit."""
+def _is_plain(value: Any) -> bool:
+    """Of JSON's types, as a table's need not be, and rendered within Python's recursion limit."""
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
+        if not all(one is None or isinstance(one, _JSON_TYPES) for one in level):
+            return False
         level = [member for one in level for member in _members(one)]
-    return bool(level)
+    return not level
 
 
 def _is_text(value: Any) -> bool:

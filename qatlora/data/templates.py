@@ -13,7 +13,7 @@ training templates (1.16: Gemma 3, ChatML) mark that line break too. But generat
 before it, and it is certain in every turn, so scoring it would flatter perplexity and KL.
 
 Templates come from checkpoints, so they are untrusted code: nothing here renders one except through
-transformers' sandboxed `apply_chat_template`.
+transformers' sandboxed `apply_chat_template`, and `qatlora.data.trial` sees first whether it ends.
 """
 
 import json
@@ -25,7 +25,9 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qatlora.data.trial import require_end
 from qatlora.errors import DataError
+from qatlora.paths import user_path
 
 _FOLDER = Path(__file__).with_name("templates")
 
@@ -107,7 +109,7 @@ def chosen_template(chosen: str | None) -> str | None:
     if chosen in shipped_templates():
         return shipped_template(chosen)
     try:
-        return Path(chosen).expanduser().read_text(encoding="utf-8")
+        return user_path("base.chat_template", chosen).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
             f"base.chat_template is '{chosen}', which is neither a shipped template "
@@ -182,6 +184,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
             "instruction-tuned checkpoint."
         )
     own = tokenizer.get_chat_template()
+    _require_end(tokenizer, own)
     if has_generation_markers(own):
         return own
     rendered = _render_probes(tokenizer, own)
@@ -263,7 +266,13 @@ def renders_alike(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> b
     Raises:
         DataError: one of them cannot be rendered.
     """
+    for template in (one, other):
+        _require_end(tokenizer, template)
     return _render_probes(tokenizer, one) == _render_probes(tokenizer, other)
+
+
+def _require_end(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    require_end(lambda: _render_probes(tokenizer, template), template)
 
 
 def _render_probes(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str | None]:

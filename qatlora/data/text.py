@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from qatlora.data.encode import expected_bos
 from qatlora.data.rows import IGNORED, Row, first_rows
 from qatlora.errors import DataError
+from qatlora.paths import user_path
 
 _HELD_OUT_SHARE = 0.1
 _DOCUMENTS_PER_BATCH = 64
@@ -98,7 +99,7 @@ def open_general(name: str, locate: Callable[[str], Path]) -> GeneralText:
         path = folder / "exllamav3" / "conversion" / "standard_cal_data" / f"{name}.utf8"
         label = f"{name} (calibration text of exllamav3)"
     else:
-        kind, path, label = _OWN_FILE, Path(name).expanduser(), name
+        kind, path, label = _OWN_FILE, user_path("data.general", name), name
     documents = [each.strip() for each in kind.split(_read(path)) if each.strip()]
     training, held_out = (_by_hash if kind.documents else _by_place)(documents)
     if not training or not held_out:

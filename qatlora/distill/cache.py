@@ -52,16 +52,28 @@ class TeacherCache:
     """Reads a cache; only what is asked for is in memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index and the keys of all rows.
+        """Read the index and the keys of all rows; every file is read once, for its SHA-256.
 
         Raises:
             CacheError: there is no cache, another version wrote it, or a file is damaged.
         """
         self.folder = folder
         self.index = read_index(folder)
+        self._require_sums()
         self._places: dict[bytes, _Place] = {}
         for name in self.index.shards:
             self._take_in(folder / name)
+
+    def _require_sums(self) -> None:
+        sums = dict.fromkeys(self.index.shards) | self.index.sums
+        for name, recorded in sums.items():
+            path = self.folder / name
+            if Path(name).name != name:
+                raise _damaged(path, "it lies outside of the cache")
+            if not path.is_file():
+                raise _damaged(path, "there is no such file")
+            if (found := files.sha256_of_file(path)) != recorded:
+                raise _damaged(path, f"its SHA-256 is {found}, and the index says {recorded}")
 
     def _take_in(self, path: Path) -> None:
         with _opened(path) as opened:
@@ -139,10 +151,13 @@ class CacheWriter:
         self._rows: list[TopWords] = []
         self._record(made_for=dict(made_for))
 
-    def add(self, key: bytes, row: TopWords) -> None:
-        """A row; it may be written now or later."""
-        self._keys.append(key)
-        self._rows.append(row)
+    def add(self, rows: Mapping[bytes, TopWords]) -> None:
+        """The rows of a micro-batch by key; they may be written now or later.
+
+        A file ends between micro-batches, so that a killed build goes on with the same ones.
+        """
+        self._keys += rows.keys()
+        self._rows += rows.values()
         if sum(len(waiting.rest) for waiting in self._rows) >= _SHARD_TOKENS:
             self.flush()
 
@@ -163,22 +178,27 @@ class CacheWriter:
         tensors["words_low"] = (words & 0xFFFF).to(torch.uint16)
         if self.key.vocab_size > _HIGH_FROM:
             tensors["words_high"] = (words >> 16).to(torch.uint8)
-        _save(self._folder / name, tensors)
+        self._save(name, tensors, shards=self._index.shards | {name: sum(counts)})
         self._keys, self._rows = [], []
-        self._record(shards=self._index.shards | {name: sum(counts)})
 
     def add_head(self, head: LmHead) -> None:
         """The teacher's head; written once."""
-        if (self._folder / _HEAD).is_file():
+        if _HEAD in self._index.sums:
             return
         bias = {} if head.bias is None else {"bias": head.bias.cpu()}
-        _save(self._folder / _HEAD, {"weight": head.weight.cpu()} | bias)
-        self._record(softcap=head.softcap)
+        self._save(_HEAD, {"weight": head.weight.cpu()} | bias, softcap=head.softcap)
 
     def add_text(self, key: str, hidden: Tensor, targets: Tensor) -> None:
         """A held-out text's final hidden states [n, H] and scored words [n]."""
-        _save(self._folder / _text_file(key), {"hidden": hidden, "targets": targets})
-        self._record(texts=[*self._index.texts, key])
+        tensors = {"hidden": hidden, "targets": targets}
+        self._save(_text_file(key), tensors, texts=[*self._index.texts, key])
+
+    def _save(self, name: str, tensors: dict[str, Tensor], **changes: Any) -> None:
+        """Write a file, then let the index say so."""
+        path = self._folder / name
+        with files.replacing(path) as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        self._record(sums=self._index.sums | {name: files.sha256_of_file(path)}, **changes)
 
     def _record(self, **changes: Any) -> None:
         """Let the index say what has just been written."""
@@ -196,11 +216,6 @@ def _text_file(key: str) -> str:
     return f"text-{key}.safetensors"
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    with files.replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-
-
 def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         return load_file(path, device=str(device))
@@ -215,8 +230,8 @@ def _opened(path: Path) -> Any:
         raise _damaged(path, problem) from None
 
 
-def _damaged(path: Path, problem: Exception) -> CacheError:
+def _damaged(path: Path, problem: Exception | str) -> CacheError:
     return CacheError(
-        f"{path} is missing or no whole safetensors file ({problem}). Copy the cache again, or "
+        f"{path} is missing or damaged ({problem}). Copy the cache again, or "
         "write it again with recipe=teacher_cache."
     )

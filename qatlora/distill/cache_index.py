@@ -1,6 +1,7 @@
 """The index of a teacher cache: what it was made from, and which files it has."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from qatlora import files
 from qatlora.errors import CacheError
 
 INDEX = "index.json"
-_VERSION = 1
+_OWN_SUM = "sha256"
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CacheIndex:
         teacher_name: how people call the teacher.
         made_for: the settings of the last run that it was written for, to explain missing rows.
         shards: file of rows -> number of its scored tokens.
+        sums: file -> its SHA-256, of every file of the cache.
         texts: keys of the held-out texts.
         softcap: of the teacher's head.
     """
@@ -53,12 +56,14 @@ class CacheIndex:
     teacher_name: str
     made_for: dict[str, Any] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     softcap: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write index.json, whole or not at all."""
-        files.write_json(folder / INDEX, {"version": _VERSION} | dataclasses.asdict(self))
+        content = {"version": _VERSION} | dataclasses.asdict(self)
+        files.write_json(folder / INDEX, content | {_OWN_SUM: _sum_of(content)})
 
 
 def read_index(folder: Path) -> CacheIndex:
@@ -75,6 +80,7 @@ def read_index(folder: Path) -> CacheIndex:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        found, recorded = _sum_of(content), content.pop(_OWN_SUM, None)
         version = content.pop("version")
         index = CacheIndex(**content | {"key": CacheKey(**content["key"])})
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
@@ -87,7 +93,18 @@ def read_index(folder: Path) -> CacheIndex:
             f"{folder} is a teacher cache of version {version}, and this qatlora reads {_VERSION}. "
             "Write it again with recipe=teacher_cache."
         )
+    if found != recorded:
+        raise CacheError(
+            f"{path} does not have the SHA-256 that it names: it is damaged or was edited. Copy "
+            "the cache again, or write it again with recipe=teacher_cache."
+        )
     return index
+
+
+def _sum_of(content: dict[str, Any]) -> str:
+    """Hex SHA-256 of an index but for its own sum."""
+    rest = {key: value for key, value in content.items() if key != _OWN_SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def require_same(folder: Path, found: CacheKey, wanted: CacheKey) -> None:

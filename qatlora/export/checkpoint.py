@@ -79,6 +79,7 @@ def save_checkpoint(
             tensors = _with_deployed(source, shard, layers, written, on_tensor)
             save_file(tensors, partial / shard.name, metadata={"format": "pt"})
         files.write_json(partial / IDENTITY, made_by | {"blocks": written.digests})
+        files.write_sums(partial)
     return CheckpointResult(
         path=str(folder),
         bytes=sum(path.stat().st_size for path in folder.iterdir()),

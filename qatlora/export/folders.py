@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from qatlora.base.record import RECORD
+from qatlora.files import SUMS
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_OF_THIS_FOLDER = ("config.json", RECORD)
+_OF_THIS_FOLDER = ("config.json", RECORD, SUMS)
 """What a changed copy of the weights makes untrue."""
 
 

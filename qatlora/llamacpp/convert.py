@@ -11,6 +11,8 @@ traps are closed first, each of which would give a broken file without a word:
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from qatlora.llamacpp.source import converter_command
 OTHER_TYPES = ("q8_0", "f16", "bf16", "f32")
 _SENTENCEPIECE_ONLY = ("GemmaForCausalLM", "Gemma2", "Gemma3")
 _ADDED_TOKEN_KEYS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")  # a multimodal wrapper puts its own name before it
 _LOG_TAIL_LINES = 12
 _TIMEOUT_SECONDS = 4 * 3600
 
@@ -77,6 +80,7 @@ def convert(
     _complete_added_tokens(staging)
     stamp = dict(metadata)
     request = {
+        "parent": os.getpid(),
         "staging": str(staging.absolute()),
         "output": str(output.absolute()),
         "places": str(staging.absolute() / "places.json"),
@@ -134,9 +138,10 @@ def _check_staging(staging: Path, other_type: str) -> None:
         )
     # Gemma's configuration class ties by default and its config.json may be silent about it.
     tied = config.get("tie_word_embeddings", architecture.startswith("Gemma"))
-    if tied and "lm_head.weight" in set(_tensor_names(staging)):
+    stray = next((name for name in _tensor_names(staging) if _HEAD.search(name)), None)
+    if tied and stray is not None:
         raise ExportError(
-            f"{staging} has a lm_head.weight although its embeddings are tied; the GGUF would get "
+            f"{staging} has a {stray} although its embeddings are tied; the GGUF would get "
             "an output matrix of its own. Leave the tensor out."
         )
 

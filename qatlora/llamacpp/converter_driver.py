@@ -14,9 +14,12 @@ numbers. The rows of the blocks follow the first; anything done to the columns i
 blocks lie along them.
 """
 
+import ctypes
 import functools
 import json
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ _ARCHITECTURES = (
     "Gemma4UnifiedForConditionalGeneration",
     "LlamaForCausalLM",
 )
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_EXACT = 1 << 24  # row and column numbers must be exact in float32
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -52,8 +56,9 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     """Write the GGUF file; returns where each deployed tensor went.
 
     Args:
-        request: staging, output (paths), other_type, name, metadata (str to str), and
-            pre_tokenizer: the name to fall back to for an unknown byte-level vocabulary, or None.
+        request: staging, output (paths), other_type, name, metadata (str to str), parent (the
+            process id of the run), and pre_tokenizer: the name to fall back to for an unknown
+            byte-level vocabulary, or None.
     """
     staging = Path(request["staging"])
     hparams = ModelBase.load_hparams(staging, is_mistral_format=False)
@@ -175,6 +180,18 @@ def _modified(model: ModelBase, name: str, probe: torch.Tensor) -> tuple[str, to
     return results[0]
 
 
+def _end_with_parent(parent: int) -> None:
+    """Be killed with the run that waits for this process, as the next one writes where it does.
+
+    Raises:
+        DriverError: that run has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise DriverError("the run that called the converter has ended")
+
+
 def main(arguments: list[str]) -> int:
     """Entry point; see the head of the file."""
     if arguments == ["--check"]:
@@ -185,6 +202,7 @@ def main(arguments: list[str]) -> int:
     request_path = Path(arguments[0])
     request = json.loads(request_path.read_text(encoding="utf-8"))
     try:
+        _end_with_parent(request["parent"])
         places = convert(request)
     except DriverError as error:
         print(f"DriverError: {error}", file=sys.stderr)

@@ -179,6 +179,7 @@ class _Cursor:
         # np.memmap opens the file once more: its pages stay valid when this cursor is gone.
         content = np.memmap(self._path, dtype=np.uint8, mode="r")
         tensors: dict[str, GgufTensor] = {}
+        expected = 0  # llama.cpp, too, reads only tensors that lie one after the other
         for name, shape, type_name, offset in infos:
             block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
             columns = shape[-1] if shape else 1
@@ -187,11 +188,12 @@ class _Cursor:
             row_bytes = columns // block * block_bytes
             num_bytes = math.prod(shape[:-1]) * row_bytes
             start = data_start + offset
-            if offset % alignment or start + num_bytes > self._size:
+            if offset != expected or start + num_bytes > self._size:
                 raise self._broken(
                     f"places tensor {name!r} ({num_bytes} bytes) at offset {start}, outside of its "
-                    f"{self._size} bytes or unaligned"
+                    f"{self._size} bytes or not just after the tensor before it"
                 )
+            expected = -(-(offset + num_bytes) // alignment) * alignment
             if name in tensors:
                 raise self._broken(f"has the tensor {name!r} twice")
             data = content[start : start + num_bytes].reshape(*shape[:-1], row_bytes)

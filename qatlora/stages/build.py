@@ -11,6 +11,8 @@ from qatlora.export.folders import copy_side_files
 from qatlora.report.card import CARD, model_card
 from qatlora.report.results import BaseResult
 from qatlora.report.results_build import BuildResult
+from qatlora.report.write import JSON_NAME
+from qatlora.stages.resume import SETTINGS
 from qatlora.state import Run, report_of
 
 _BUILDERS = {"q4_0": build_q4_0, "nf4": build_nf4}
@@ -37,11 +39,17 @@ def check_build(state: Run) -> None:
             "that such a folder does not have any more. Give the bf16 checkpoint as base.path."
         )
     target = _target(state)
-    if target.exists():
+    if target.exists() and not _is_left_by_a_kill(target, state.run_dir):
         raise ConfigError(
             f"{target} exists already, and a build never replaces a folder. Remove it, or set "
             "build.path (or run_dir) to another place."
         )
+
+
+def _is_left_by_a_kill(target: Path, run_dir: Path) -> bool:
+    """Whether the run folder's own run wrote it and was killed before its report."""
+    begun, ended = (run_dir / name for name in (SETTINGS, JSON_NAME))
+    return target.parent == run_dir and begun.is_file() and not ended.is_file()
 
 
 def build(state: Run) -> None:
@@ -65,6 +73,7 @@ def build(state: Run) -> None:
             digest=record.base_digest,
         )
         _write_card(state, folder)
+        files.write_sums(folder)
 
 
 def write_card_again(state: Run) -> None:

@@ -6,6 +6,7 @@ held-out text shows what a cache of k words keeps of the divergence between the 
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -137,12 +138,10 @@ def _write_rows(
         found = top_words(
             states.hidden[scored], states.head, writer.key.top_k, writer.key.temperature
         )
-        start = 0
-        for row in group:
-            stop = start + row.num_scored_tokens
-            writer.add(row.key, found.part(slice(start, stop)))
-            on_tokens(stop - start)
-            start = stop
+        ends = list(accumulate(row.num_scored_tokens for row in group))
+        parts = [found.part(slice(*span)) for span in pairwise([0, *ends])]
+        writer.add(dict(zip((row.key for row in group), parts, strict=True)))
+        on_tokens(ends[-1])
     writer.flush()
 
 

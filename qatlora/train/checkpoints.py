@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from qatlora import files
+from qatlora.errors import TrainError
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run folder that holds one folder per checkpoint."""
@@ -28,8 +29,16 @@ def begin(run_dir: Path, *, resume: bool) -> Path | None:
 
     Returns:
         The checkpoint to go on from; None where there is none.
+
+    Raises:
+        TrainError: that checkpoint is damaged.
     """
     last = last_checkpoint(run_dir) if resume else None
+    if last is not None and (problem := files.broken_sum(last)):
+        raise TrainError(
+            f"{problem}: the checkpoint is damaged. Remove {last} to go on from the one before it, "
+            "or start anew in another run_dir."
+        )
     for pattern in (".partial", ".checkpoint-*", *([] if last else ["checkpoint-*"])):
         for path in (run_dir / CHECKPOINTS).glob(pattern):
             shutil.rmtree(path)
@@ -44,6 +53,7 @@ def scratch(run_dir: Path) -> Path:
 def keep(run_dir: Path, step: int) -> None:
     """Rename the checkpoint of `step` from the scratch to its place, and remove the oldest."""
     name = f"checkpoint-{step}"
+    files.write_sums(scratch(run_dir) / name)
     files.move_folder(scratch(run_dir) / name, run_dir / CHECKPOINTS / name)
     scratch(run_dir).rmdir()
     for old in whole_checkpoints(run_dir)[:-_NUM_KEPT]:

@@ -12,7 +12,7 @@ from qatlora.base.source import Source
 from qatlora.errors import AdapterError
 from qatlora.export.folders import copy_side_files
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def require_lora(folder: Path) -> None:
@@ -38,6 +38,17 @@ def require_lora(folder: Path) -> None:
         raise AdapterError(
             f"{folder} is of peft_type {kind}, and only LORA can be merged here. Merge it with the "
             "tool that made it and give validate.merged=FOLDER."
+        )
+    if config.get("megatron_config"):
+        raise AdapterError(
+            f"{folder} has a megatron_config, for which PEFT imports the module that the file "
+            "names as megatron_core. Merge it with the tool that made it and give "
+            "validate.merged=FOLDER."
+        )
+    if not (folder / _WEIGHTS).is_file():
+        raise AdapterError(
+            f"{folder} has no {_WEIGHTS}. Only safetensors are read (a pickle can run code): save "
+            "the adapter with a current PEFT."
         )
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from loaded_cases import adapted_model, loaded
+from loaded_cases import adapted_model, edit_tensors, edited_folder, loaded
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from qatlora.adapters.attach import AdaptedModel
 from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
 from qatlora.errors import AdapterError
+from qatlora.files import SUMS
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "identity.json")
 
@@ -22,7 +23,9 @@ def adapted(tiny_llama_folder: Path) -> AdaptedModel:
 
 @pytest.fixture
 def folder(adapted: AdaptedModel, tmp_path: Path) -> Path:
+    """An adapter of one's own to break, without sums: what is found by other means."""
     save_adapter(adapted, tmp_path / "adapter")
+    (tmp_path / "adapter" / SUMS).unlink()
     return tmp_path / "adapter"
 
 
@@ -70,7 +73,7 @@ def test_plain_peft_refuses_the_folder(folder: Path):
 def test_saving_again_replaces_the_whole_folder(adapted: AdaptedModel, folder: Path):
     (folder / "stray.txt").write_text("left over")
     save_adapter(adapted, folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, SUMS])
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
@@ -104,6 +107,17 @@ def test_an_identity_file_with_a_key_too_few_or_too_many_is_refused(key: str, fo
         read_identity(folder)
 
 
+@pytest.mark.parametrize("rule", [{"seed": "x"}, {"rank": "x"}, {"alpha": None}])
+def test_a_rule_that_cannot_be_applied_is_refused(
+    rule: dict[str, object], folder: Path, tiny_llama_folder: Path
+):
+    stored = json.loads((folder / "identity.json").read_text())["rule"]
+    edit_identity(folder, rule=stored | rule)
+    assert f"The rule in {folder / 'identity.json'} cannot be applied" in load_refusal(
+        folder, tiny_llama_folder
+    )
+
+
 def test_another_version_of_the_grid_is_refused(folder: Path):
     edit_identity(folder, grid_version=2)
     with pytest.raises(AdapterError) as refused:
@@ -121,6 +135,14 @@ def test_another_base_is_refused_with_both_digests(
     assert adapted.base.digest in message
     assert loaded(tiny_gemma3_folder).digest in message
     assert "Set base and storage as in its run." in message
+
+
+def test_a_base_with_another_norm_is_refused(folder: Path, tiny_llama_folder: Path, tmp_path: Path):
+    base = edited_folder(tiny_llama_folder, tmp_path / "base")
+    edit_tensors(base, {"model.norm.weight": torch.full((64,), 1.5).bfloat16()})
+    message = load_refusal(folder, base)
+    assert f"The base in {base} has the steps and levels" in message
+    assert loaded(base).digest == loaded(tiny_llama_folder).digest
 
 
 def test_another_storage_of_the_same_base_is_refused(

@@ -104,11 +104,40 @@ def test_tokenizer_without_a_template_is_refused(unmarked):
 
 @pytest.mark.parametrize(
     "template",
-    ["{% if %}", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"],
+    [
+        "{% if %}",
+        "{{ nothing.at.all }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include '/etc/passwd' %}",
+        "{% include '../chat_template.jinja' %}",
+        "{% import 'os' as os %}",
+        "{% from 'os' import path %}",
+        "{% extends 'base' %}",
+        "{{ range(10000000) }}",
+    ],
 )
 def test_template_that_fails_or_leaves_the_sandbox_is_refused(unmarked, template):
     unmarked.chat_template = template
     with pytest.raises(DataError, match=r"cannot be rendered.*chat_template\.jinja"):
+        training_template(unmarked)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{% macro again() %}{{ again() }}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused(unmarked, template, monkeypatch):
+    monkeypatch.setattr("qatlora.data.trial._CPU_SECONDS", 1)
+    unmarked.chat_template = template
+    with pytest.raises(DataError, match=r"does not end|cannot be rendered"):
         training_template(unmarked)
 
 

@@ -33,7 +33,7 @@ def writer_of(folder: Path, key: CacheKey = KEY) -> CacheWriter:
 def filled(folder: Path, numbers: range, key: CacheKey = KEY) -> TeacherCache:
     writer = writer_of(folder, key)
     for number in numbers:
-        writer.add(row_key(number), row(3 + number, number, key.vocab_size))
+        writer.add({row_key(number): row(3 + number, number, key.vocab_size)})
     writer.flush()
     return TeacherCache(folder)
 
@@ -59,7 +59,7 @@ def test_a_token_takes_the_bytes_that_are_said(vocab_size, tmp_path):
     def size(num_tokens: int) -> int:
         folder = tmp_path / str(num_tokens)
         writer = writer_of(folder, dataclasses.replace(KEY, vocab_size=vocab_size))
-        writer.add(row_key(0), row(num_tokens, 0, vocab_size))
+        writer.add({row_key(0): row(num_tokens, 0, vocab_size)})
         writer.flush()
         return (folder / "rows-00001.safetensors").stat().st_size
 
@@ -109,6 +109,16 @@ def test_a_cache_made_from_something_else_is_not_added_to(name, value, tmp_path)
 def test_a_row_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CacheError, match=row_key(9).hex()):
         filled(tmp_path, range(2)).row(row_key(9))
+
+
+def test_a_head_that_was_written_just_before_a_kill_is_written_again(tmp_path):
+    head = LmHead(torch.randn(9, 4).bfloat16(), None, softcap=30.0)
+    writer_of(tmp_path)
+    (tmp_path / "head.safetensors").write_bytes(b"whole, but the index does not know it")
+    writer_of(tmp_path).add_head(head)
+    read = TeacherCache(tmp_path).head(torch.device("cpu"))
+    assert read.softcap == 30.0
+    assert torch.equal(read.weight, head.weight)
 
 
 def test_no_index_a_damaged_one_and_another_version_are_refused(tmp_path):

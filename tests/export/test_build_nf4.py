@@ -22,6 +22,7 @@ from qatlora.adapters.saved import load_adapter, save_adapter
 from qatlora.base.load import LoadedBase, require_nf4
 from qatlora.base.record import STEPS_FILE
 from qatlora.errors import CheckpointError, ExportError
+from qatlora.files import SUMS
 from qatlora.grid import Q4Blocks, decode, recover
 
 LAYOUTS = ["tiny_gemma3_folder", "tiny_llama_folder"]
@@ -69,6 +70,7 @@ def without_source(build: Path, target: Path) -> Path:
     edited_folder(build, target)
     (target / STEPS_FILE).unlink()
     (target / "grid.json").unlink()
+    (target / SUMS).unlink()
     return target
 
 
@@ -176,6 +178,7 @@ def test_steps_that_do_not_fit_are_refused(
     steps: torch.Tensor | None, words: str, tiny_llama_folder: Path, tmp_path: Path
 ):
     built_folder(tiny_llama_folder, tmp_path / "nf4", "nf4")
+    (tmp_path / "nf4" / SUMS).unlink()
     path = tmp_path / "nf4" / STEPS_FILE
     tensors = load_file(path)
     del tensors[f"{UP_PROJ}.steps"]
@@ -191,6 +194,7 @@ def test_edited_steps_are_found_by_the_digest(tiny_llama_folder: Path, tmp_path:
     tensors = load_file(path)
     tensors[f"{UP_PROJ}.steps"][0, 0] *= 2
     save_file(tensors, path)
+    (tmp_path / "nf4" / SUMS).unlink()
     with pytest.raises(CheckpointError, match="damaged or edited after the build"):
         loaded(tmp_path / "nf4", "nf4")
 

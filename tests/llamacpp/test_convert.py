@@ -195,12 +195,15 @@ def test_a_quantization_config_is_refused(tiny_llama_folder: Path, tmp_path: Pat
         convert(tmp_path / "staging", tmp_path / "out.gguf", "q8_0", {})
 
 
-def test_a_stray_lm_head_of_a_tied_model_is_refused(tiny_gemma3_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_stray_lm_head_of_a_tied_model_is_refused(
+    name: str, tiny_gemma3_folder: Path, tmp_path: Path
+):
     make_staging(tiny_gemma3_folder, tmp_path / "staging")
     weights = load_file(tmp_path / "staging" / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights[name] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "staging" / "model.safetensors")
-    with pytest.raises(ExportError, match=r"lm_head\.weight although"):
+    with pytest.raises(ExportError, match=f"has a {name} although"):
         convert(tmp_path / "staging", tmp_path / "out.gguf", "q8_0", {})
 
 

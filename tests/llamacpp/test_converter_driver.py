@@ -3,6 +3,8 @@
 The driver lives in a process of its own, beside llama.cpp's packages, and so do these cases.
 """
 
+import json
+import os
 import subprocess
 import textwrap
 from pathlib import Path
@@ -57,3 +59,14 @@ def test_rows_are_followed_and_changed_columns_are_refused(tmp_path: Path):
     script.write_text(textwrap.dedent(FAKE))
     folder = str(Path(source.__file__).parent)
     subprocess.run([command[0], "-P", str(script), folder], env=environment, check=True)
+
+
+@pytest.mark.llama_cpp
+def test_a_converter_whose_run_has_ended_writes_nothing(tmp_path: Path):
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"parent": os.getppid(), "output": str(tmp_path / "out.gguf")}))
+    command, environment = source.converter_command(str(request))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the run that called the converter has ended" in done.stderr
+    assert not (tmp_path / "out.gguf").exists()

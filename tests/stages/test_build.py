@@ -13,6 +13,7 @@ from qatlora.base.source import read_source
 from qatlora.config import Storage
 from qatlora.errors import CheckpointError, ConfigError, ExportError
 from qatlora.export.checkpoint import require_plain
+from qatlora.files import SUMS
 from qatlora.inspection.tensors import require_weights
 from qatlora.report.results import RunReport
 
@@ -118,6 +119,20 @@ def test_a_build_goes_on_without_a_table_where_there_is_no_memory_for_one(
     assert "There will be no fidelity table: to measure it, 62 GB" in "".join(capsys.readouterr())
     assert report.fidelity is None
     assert "## Fidelity" not in (tmp_path / "build" / "README.md").read_text("utf-8")
+
+
+def test_a_build_that_was_killed_before_its_report_is_made_again(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    sums = tmp_path / "build-run" / "tiny-Q4_0" / SUMS
+    whole = sums.read_bytes()
+    with pytest.raises(ConfigError, match="exists already, and a build never replaces a folder"):
+        built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    (tmp_path / "build-run" / "report.json").unlink()
+    sums.unlink()
+    built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
+    assert sums.read_bytes() == whole
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "nf4"])

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from pipeline_cases import settings, write_data
+from pipeline_cases import DISTILL_STAGES, distill, settings, write_data
 
 from qatlora import pipeline
 from qatlora.config import (
     AdapterKind,
-    Effect,
     LatentSteps,
-    RootConfig,
     Storage,
     TeacherKind,
     Trained,
@@ -21,28 +19,10 @@ from qatlora.config.rules import validate
 from qatlora.errors import ConfigError, GuardFailed, TrainError
 from qatlora.report.json_report import load_schema
 
-STAGES = [
-    "preflight", "load_data", "load_base", "attach", "evaluate_base", "evaluate_reference", "train",
-    "evaluate_trained", "write_candidate", "guard", "publish", "save_base", "report",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_data(tmp_path_factory.mktemp("data"))
-
-
-def distill(base: Path, data: dict[str, Path], run_dir: Path, steps: str = "frozen") -> RootConfig:
-    """Four steps of KL alone on a tiny base."""
-    cfg = settings(base, data, run_dir)
-    cfg.stages, cfg.card.name = list(STAGES), "qat_distill"
-    cfg.storage.kind = Storage.bf16
-    cfg.distill.train, cfg.distill.steps = Trained.weights, LatentSteps[steps]
-    cfg.teacher.ce_weight, cfg.teacher.kl_weight = 0.0, 0.25
-    cfg.data.replay_rows_per_step = 3
-    cfg.train.learning_rate, cfg.train.steps_learning_rate = 2e-3, 1e-2
-    cfg.guard.effect = Effect.teacher_kld
-    return cfg
 
 
 @pytest.mark.llama_cpp
@@ -80,7 +60,7 @@ def test_what_was_trained_is_what_is_published_and_saved(
     assert report["history"][0]["general_kl"] > 0
 
     again = settings(tmp_path / "base", files, tmp_path / "again")
-    again.stages = STAGES[: STAGES.index("evaluate_base") + 1]
+    again.stages = DISTILL_STAGES[: DISTILL_STAGES.index("evaluate_base") + 1]
     again.storage.kind, again.adapter.kind = Storage.q4_0, AdapterKind.steps
     first = pipeline.run(again)
     assert first.base.on_grid_share == 1
@@ -144,7 +124,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     runs = {}
     for name in ("whole", "killed"):
         runs[name] = distill(tiny_gemma3_folder, files, tmp_path / name, steps)
-        runs[name].stages = [*STAGES[: STAGES.index("train") + 1], "save_base"]
+        runs[name].stages = [*DISTILL_STAGES[: DISTILL_STAGES.index("train") + 1], "save_base"]
     expected = pipeline.run(runs["whole"])
     with monkeypatch.context() as patch:
         patch.setattr("qatlora.train.run.StepLog.on_step_end", dies_after_three)
@@ -167,7 +147,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(
     tiny_gemma3_folder: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     cfg = distill(tiny_gemma3_folder, files, tmp_path)
-    cfg.stages = STAGES[: STAGES.index("train") + 1]
+    cfg.stages = DISTILL_STAGES[: DISTILL_STAGES.index("train") + 1]
     pipeline.run(cfg)
     cfg.train.resume, cfg.distill.steps = True, LatentSteps.learned
     with pytest.raises(ConfigError, match=r"distill\.steps=learned: the run in .* has frozen"):
@@ -194,6 +174,6 @@ def test_bad_settings_are_refused_before_anything_is_loaded(
     refused("teacher=bf16", teacher__kind=TeacherKind.none)
     refused(r"replay_mix\.c4=0", data__replay_mix={"c4": 0.0})
     with_adapter = distill(tiny_gemma3_folder, files, tmp_path)
-    with_adapter.stages.insert(STAGES.index("train") + 1, "save_adapter")
+    with_adapter.stages.insert(DISTILL_STAGES.index("train") + 1, "save_adapter")
     with pytest.raises(ConfigError, match=r"distill\.train=adapters"):
         validate(with_adapter)
