@@ -28,6 +28,13 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def give_back() -> None:
+    """Give freed memory back to the system; glibc would keep hundreds of MB of a dropped model."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc only
+
+
 def forget_peak_rss() -> bool:
     """Give free memory back and start counting the high-water mark anew, where Linux allows it.
 
@@ -35,9 +42,7 @@ def forget_peak_rss() -> bool:
         False where the mark cannot be reset: `peak_rss_since_forgotten` is then that of the whole
         process so far.
     """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc only; freed blocks would count as used
+    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -10,7 +10,7 @@ llama.cpp's rule, that is llama-quantize without an imatrix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qatlora.errors import ConfigError, closest
@@ -36,12 +36,14 @@ class ModelSpec:
         kind: base, embedded, hub, folder, gguf or adapter.
         place: path, name or id; empty for the base.
         storage: one of STORAGES; None as it is stored.
+        name: what its place is called in tables; None for the name of the file or folder.
     """
 
     text: str
     kind: str
     place: str = ""
     storage: str | None = None
+    name: str | None = None
 
     @property
     def label(self) -> str:
@@ -53,7 +55,7 @@ class ModelSpec:
             path = path.parent  # it lies in the run folder
         elif self.kind == "gguf":
             path = path.with_suffix("")
-        return path.name + (f"@{self.storage}" if self.storage else "")
+        return (self.name or path.name) + (f"@{self.storage}" if self.storage else "")
 
 
 def parse_models(key: str, texts: Sequence[str]) -> list[ModelSpec]:
@@ -72,6 +74,16 @@ def parse_models(key: str, texts: Sequence[str]) -> list[ModelSpec]:
             f"{key}={list(texts)}: must name different models, at least one. {_EXAMPLES}."
         )
     return [_parse(key, text) for text in texts]
+
+
+def parse_vanilla(place: str) -> ModelSpec:
+    """The ordinary checkpoint that a QAT base was trained from, stored as NF4.
+
+    Raises:
+        ConfigError: no such file or folder, or a storage is given with it.
+    """
+    (spec,) = parse_models("fidelity.vanilla", [f"{place}@nf4"])
+    return replace(spec, name="vanilla")
 
 
 def _parse(key: str, text: str) -> ModelSpec:

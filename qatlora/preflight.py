@@ -7,7 +7,7 @@ matrix product; the run's report holds what it really took.
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, Teach
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
+from qatlora.llamacpp import kld_base
 from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
     BF16_BYTES,
@@ -79,8 +80,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
-        # transformers quantizes to NF4 while it loads; a build is packed already.
-        loads_dense=loads_dense and cfg.storage.kind is not Storage.nf4,
+        loads_dense=loads_dense,
         on_host=on_host,
     )
 
@@ -88,7 +88,12 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
     """Estimate peak memory of the device, disk below `target`, and time without unpacking."""
     if "build" in cfg.stages:
-        return _estimate_build(cfg, layout)
+        needs = _estimate_build(cfg, layout)
+        if "fidelity" not in cfg.stages:
+            return needs
+        # Of its table only the time: it is left out where there is no memory for it.
+        table = estimate_fidelity(cfg, source, layout, device)
+        return replace(needs, seconds=needs.seconds + table.seconds)
     if "benchmark" in cfg.stages:
         return _estimate_benchmark(cfg, source, layout, device)
     if "teacher_cache" in cfg.stages:
@@ -96,7 +101,7 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     if "validate" in cfg.stages:
         return _estimate_validate(cfg, source, layout, device)
     if "fidelity" in cfg.stages:
-        return _estimate_fidelity(cfg, source, layout, device)
+        return estimate_fidelity(cfg, source, layout, device)
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
     shape = model_shape(plain_config(source.folder), cfg.base.trained)
@@ -132,7 +137,7 @@ def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: tor
     memory = _IMPORTED_LIBRARIES_BYTES + models + _CACHE_CHUNKS * chunk
     disk = tokens * bytes_per_token(cfg.teacher.cache_top_k, source.vocab_size)
     disk += (head + 2 * cfg.data.eval_tokens * shape.hidden_size) * BF16_BYTES
-    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_grid_weights + head)
+    flops = 2.0 * (tokens + 4 * cfg.data.eval_tokens) * (layout.num_active_weights + head)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
@@ -161,10 +166,10 @@ def _estimate_benchmark(
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
-def _estimate_fidelity(
+def estimate_fidelity(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
-    """One model at a time, beside the head of its reference, the states and a batch at work."""
+    """One model at a time, a reference's head and states; on disk its logits for llama.cpp."""
     settings = cfg.fidelity
     value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
     num_tokens = len(settings.texts) * settings.tokens_per_text
@@ -172,9 +177,11 @@ def _estimate_fidelity(
     states = num_tokens * int(source.text_config["hidden_size"]) * value_bytes
     model = layout.num_parameters * (value_bytes + BF16_BYTES)  # itself and its file as it is read
     memory = _IMPORTED_LIBRARIES_BYTES + model + head_weights * value_bytes + states + _PART_BYTES
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     flops = num_tokens * (decoder + len(settings.models) * (decoder + 2 * head))
-    return Needs(memory, _REPORT_BYTES, flops / (_EFFICIENCY * _measured_rate(device)))
+    judged = settings.llama_cpp_tokens if settings.llama_cpp else 0
+    disk = _REPORT_BYTES + judged * kld_base.bytes_per_token(source.vocab_size)
+    return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
 
 
 def _estimate_streaming(source: Source, layout: Layout) -> Needs:
@@ -186,9 +193,12 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
 
 def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
     """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
-    others = layout.num_parameters - layout.num_grid_weights
-    bits = CODE_BITS[cfg.storage.kind.name] + STEP_BITS
-    built = layout.num_grid_weights * bits / 8 + others * BF16_BYTES
+    coded = layout.num_grid_weights
+    if cfg.storage.kind is Storage.nf4:  # experts stay bf16 in its folder
+        coded -= layout.num_expert_weights
+    bits = CODE_BITS[cfg.storage.kind.name]
+    built = coded * bits / 8 + (layout.num_parameters - coded) * BF16_BYTES
+    built += layout.num_grid_weights * STEP_BITS / 8
     memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
     memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
     if cfg.storage.kind is Storage.nf4:
@@ -200,7 +210,7 @@ def _estimate_validate(
     cfg: RootConfig, source: Source, layout: Layout, device: torch.device
 ) -> Needs:
     """One model after the other: in bf16, and in fp32 where an adapter is merged or types read."""
-    decoder = 2.0 * (layout.num_grid_weights + source.num_head_weights)
+    decoder = 2.0 * (layout.num_active_weights + source.num_head_weights)
     tokens = 2 * _VALIDATED_MODELS * cfg.data.eval_tokens  # of two texts
     memory = _IMPORTED_LIBRARIES_BYTES + layout.num_parameters * (FP32_BYTES + BF16_BYTES)
     disk = layout.num_parameters * (2 * BF16_BYTES + 1)  # in the temporary folder
@@ -215,7 +225,7 @@ def _flops(cfg: RootConfig, layout: Layout, head_weights: int) -> float:
     trained = cfg.train.max_steps * cfg.train.rows_per_step * row_tokens if "train" in stages else 0
     evaluations = len({"evaluate_base", "evaluate_trained", "guard"} & stages) + 1
     evaluated = 2 * evaluations * cfg.data.eval_tokens
-    decoder, head = 2.0 * layout.num_grid_weights, 2.0 * head_weights
+    decoder, head = 2.0 * layout.num_active_weights, 2.0 * head_weights
     # Training: student forward, one backward product of the inputs and another of the weights or
     # factors, and the teacher; the head three times.
     return trained * (4 * decoder + 3 * head) + evaluated * (2 * decoder + 2 * head)
@@ -247,6 +257,23 @@ def target(cfg: RootConfig) -> Target:
     return Target(Path(cfg.run_dir), "run_dir")
 
 
+def lacking_memory(needs: Needs, device: torch.device) -> str | None:
+    """How much is needed and free, as a clause; None where it suffices."""
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
+    sharing = _sharing(device)
+    needed = sharing * needs.memory_bytes
+    if needed <= available:
+        return None
+    each = f" ({sharing} processes of {_gb(needs.memory_bytes)})" if sharing > 1 else ""
+    return f"about {_gb(needed)} of memory are needed{each} and {_gb(available)} are free"
+
+
+def _sharing(device: torch.device) -> int:
+    """Processes of this run in the same memory."""
+    return 1 if device.type == "cuda" else processes.count_here()
+
+
 def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     """Refuse a run that this machine cannot hold.
 
@@ -255,17 +282,13 @@ def require(needs: Needs, written_to: Target, device: torch.device) -> None:
     Raises:
         ResourceError: too little memory or disk, with both figures and a remedy.
     """
-    on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes()
-    sharing = 1 if on_gpu else processes.count_here()
-    if sharing * needs.memory_bytes > available:
-        each = f" ({sharing} processes of {_gb(needs.memory_bytes)})" if sharing > 1 else ""
-        fewer = "start fewer processes, " if sharing > 1 else ""
+    lacking = lacking_memory(needs, device)
+    if lacking is not None:
+        fewer = "start fewer processes, " if _sharing(device) > 1 else ""
         raise ResourceError(
-            f"This run needs about {_gb(sharing * needs.memory_bytes)} of memory and "
-            f"{_gb(available)} are free{each}. Close other programs, {fewer}take storage=q4_0 or a "
-            "smaller base, lower train.micro_batch_rows, or set train.gradient_checkpointing=true "
-            "or evaluate.hold_weights=false; recipe=plan shows what each part takes."
+            f"For this run, {lacking}. Close other programs, {fewer}take storage=q4_0 or a smaller "
+            "base, lower train.micro_batch_rows, or set train.gradient_checkpointing=true or "
+            "evaluate.hold_weights=false; recipe=plan shows what each part takes."
         )
     places = (written_to.folder, *written_to.folder.absolute().parents)
     existing = next(folder for folder in places if folder.exists())

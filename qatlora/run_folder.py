@@ -12,8 +12,8 @@ from qatlora.errors import RunFolderError
 _LOCK = ".lock"
 _CACHE_LOCK = ".cache.lock"
 """Another file, as a cache may lie in the run folder itself."""
-_PARTS = (".*.partial", ".*.removed", ".candidate", ".merged-*")
-"""What `qatlora.files` and the export write before they rename it, and a merge that is judged."""
+_PARTS = (".*.partial", ".*.removed", ".candidate", ".merged-*", ".llama_cpp-*")
+"""What `qatlora.files` and the export write before they rename it, and what is only judged."""
 
 
 def claimed(run_dir: Path) -> contextlib.AbstractContextManager[None]:

@@ -141,9 +141,11 @@ def tiny_multimodal_folder(
     )
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(MULTIMODAL[request.param](_vocabulary_size(folder)))
-    for name, buffer in model.named_buffers():
-        if name.endswith("layer_scalar"):
-            buffer.uniform_(0.5, 1.5)  # new ones are all 1, which a loss of them would not show
+    for name, scale in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith(("layer_scalar", "router.scale", "router.per_expert_scale")):
+            scale.data.uniform_(0.5, 1.5)  # new ones are all 1, which a loss of them would not show
+        elif name.endswith("router.proj.weight"):
+            scale.data.mul_(20)  # else all experts are about as likely, and any rounding decides
     model.to(torch.bfloat16).save_pretrained(folder)
     if family == "gemma4":
         AutoTokenizer.from_pretrained(folder).save_pretrained(folder)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qatlora.config import (
     BaseConfig,
     BuildConfig,
     ExportConfig,
+    FidelityConfig,
     RootConfig,
     Storage,
     StorageConfig,
@@ -104,12 +106,21 @@ def on_grid_folder(source: Path, target: Path) -> dict[str, Q4Blocks]:
     return blocks
 
 
-def built_folder(source: Path, target: Path, kind: str, **settings: Any) -> RunReport:
-    """Build `target` from a checkpoint with the recipe's own stages; returns the report."""
-    cfg = RootConfig(stages=["preflight", "build", "report"], run_dir=f"{target}-run")
+def built_folder(
+    source: Path,
+    target: Path,
+    kind: str,
+    *,
+    stages: Sequence[str] = ("preflight", "build", "report"),
+    fidelity: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> RunReport:
+    """Build `target` from a checkpoint, by default without the recipe's table; its report."""
+    cfg = RootConfig(stages=list(stages), run_dir=f"{target}-run")
     cfg.card.name = f"{kind}_build"
     cfg.base.path, cfg.base.name, cfg.storage.kind = str(source), "tiny", Storage[kind]
     cfg.build = BuildConfig(**{"path": str(target), "max_new_tokens": 4} | settings)
+    cfg.fidelity = FidelityConfig(**(fidelity or {}))
     cfg.train.device, cfg.logging.progress_bars = "cpu", False
     return pipeline.run(cfg)
 

@@ -97,7 +97,7 @@ def test_processes_of_one_machine_need_the_memory_of_all_of_them(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(
         ResourceError,
-        match=r"12\.0 GB of memory .* are free \(3 processes of 4\.0 GB\).*start fewer",
+        match=r"12\.0 GB of memory are needed \(3 processes of 4\.0 GB\) .* free.*start fewer",
     ):
         preflight.require(needs, written_to, torch.device("cpu"))
 
@@ -117,6 +117,19 @@ def test_a_validation_counts_one_model_in_fp32_and_its_merge_in_bf16(
     assert (
         needs.seconds > preflight.estimate(streaming, source, layout, torch.device("cpu")).seconds
     )
+
+
+def test_a_comparison_counts_the_base_file_of_one_text_where_llama_cpp_judges(
+    tiny_llama_folder: Path,
+) -> None:
+    cfg = RootConfig(stages=["preflight", "fidelity", "report"])
+    cfg.base.path, cfg.fidelity.llama_cpp_tokens = str(tiny_llama_folder), 500
+    source = find_source(cfg.base)
+    layout = find_layout(source, cfg.base)
+    needs = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    cfg.fidelity.llama_cpp = True
+    judged = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    assert judged.disk_bytes - needs.disk_bytes == 500 * 2 * (384 + 4)
 
 
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(

@@ -55,6 +55,22 @@ def _gemma4_dense(vocab_size: int) -> PreTrainedConfig:
     return Gemma4Config(text_config=text, vision_config=_GEMMA4_VISION)
 
 
+def _gemma4_experts(vocab_size: int) -> PreTrainedConfig:
+    """As 26B-A4B: in each layer experts beside the MLP, two of five for each token."""
+    text = _GEMMA4_TEXT | {
+        "vocab_size": vocab_size,
+        "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "use_bidirectional_attention": "vision",
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 96,
+    }
+    return Gemma4Config(text_config=text, vision_config=_GEMMA4_VISION)
+
+
 def _gemma4_per_layer(vocab_size: int) -> PreTrainedConfig:
     """As E2B: per-layer embeddings, two layers that share keys and values and have a wide MLP."""
     text = _GEMMA4_TEXT | {
@@ -90,6 +106,7 @@ def _gemma4_unified(vocab_size: int) -> PreTrainedConfig:
 MULTIMODAL = {
     "gemma3_multimodal": _gemma3,
     "gemma4_dense": _gemma4_dense,
+    "gemma4_experts": _gemma4_experts,
     "gemma4_per_layer": _gemma4_per_layer,
     "gemma4_unified": _gemma4_unified,
 }

@@ -9,18 +9,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qatlora.adapters.deployed import AdapterRule
+from qatlora.adapters.expert_layer import StackAdapter
 from qatlora.adapters.layer import GridAdapter
-from qatlora.adapters.model import GridModel, ParameterGroups
+from qatlora.adapters.model import BaseLayer, GridModel, ParameterGroups
+from qatlora.base.experts import ExpertStack
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
-from qatlora.base.stores import Bf16Store
 from qatlora.config import AdapterConfig
 from qatlora.grid import Q4Blocks
 
 
 @dataclass(frozen=True)
 class AdaptedModel(GridModel):
-    """A base with adapters on its trained linears, which are `GridAdapter`."""
+    """A base with adapters on its trained weights: `GridAdapter`, and `StackAdapter` of experts."""
 
     model: PeftModel
     rule: AdapterRule
@@ -41,9 +42,8 @@ class AdaptedModel(GridModel):
         held = [(layer, layer.held_weight) for _, layer in self.layers()]
         try:
             for layer, _ in held:
-                base = layer if isinstance(layer, GridLinear) else layer.get_base_layer()
-                store = base.store
-                layer.held_weight = store.weight if isinstance(store, Bf16Store) else None
+                base = layer if isinstance(layer, BaseLayer) else layer.get_base_layer()
+                layer.held_weight = base.checkpoint_weight()
             with self.model.disable_adapter():
                 yield
         finally:
@@ -73,7 +73,7 @@ def adapter_rule(settings: AdapterConfig, seed: int) -> AdapterRule:
 
 
 def attach(base: LoadedBase, rule: AdapterRule) -> AdaptedModel:
-    """Wrap every trained linear in a `GridAdapter`; a new adapter changes nothing."""
+    """Wrap the layer of every trained weight in an adapter; a new one changes nothing."""
     torch.manual_seed(rule.seed)
     config = LoraConfig(
         r=rule.rank,
@@ -83,8 +83,10 @@ def attach(base: LoadedBase, rule: AdapterRule) -> AdaptedModel:
         target_modules=list(base.trained),
         task_type="CAUSAL_LM",
     )
-    wrap = functools.partial(GridAdapter, rule=rule)
-    config._register_custom_module({GridLinear: wrap})  # type: ignore[dict-item]  # only called
+    wrapped = {GridLinear: GridAdapter, ExpertStack: StackAdapter}
+    for layer, adapter in wrapped.items():
+        wrap = functools.partial(adapter, rule=rule)
+        config._register_custom_module({layer: wrap})  # type: ignore[dict-item]  # only called
     model = get_peft_model(base.model, config)
     return AdaptedModel(base, model, rule)
 

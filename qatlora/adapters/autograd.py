@@ -34,8 +34,8 @@ from qatlora.base.stores import reciprocal
 from qatlora.grid import BLOCK_SIZE, decode
 
 if TYPE_CHECKING:
+    from qatlora.adapters.deployed import MatrixAdapter
     from qatlora.adapters.latent_layer import LatentLinear
-    from qatlora.adapters.layer import GridAdapter
 
 _TILE_WEIGHTS = 1 << 22
 
@@ -47,7 +47,7 @@ class DeployedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        layer: "GridAdapter",
+        layer: "MatrixAdapter",
         down: Tensor | None,
         up: Tensor | None,
         steps_down: Tensor | None,
@@ -66,7 +66,7 @@ class DeployedLinear(torch.autograd.Function):
         """Gradients of x, A, B, A_s, B_s."""
         x, *parameters = ctx.saved_tensors
         down, up, steps_down, _ = parameters
-        layer: GridAdapter = ctx.layer
+        layer: MatrixAdapter = ctx.layer
         blocks = deployed_weight(layer) if ctx.blocks is None else ctx.blocks
         grad_y = grad_y.to(x.dtype)
         grad_x = grad_y @ decode(blocks, x.dtype) if ctx.needs_input_grad[0] else None
@@ -81,7 +81,7 @@ class DeployedLinear(torch.autograd.Function):
 
 
 def _lora_gradients(
-    layer: "GridAdapter", x: Tensor, grad_y: Tensor, down: Tensor, up: Tensor
+    layer: "MatrixAdapter", x: Tensor, grad_y: Tensor, down: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dA, dB in float32 at LoRA's cost; x [tokens, in], grad_y [tokens, out]."""
     scale = layer.rule.scale
@@ -118,7 +118,7 @@ def _remove_zero_blocks(
 
 
 def _dense_gradients(
-    layer: "GridAdapter",
+    layer: "MatrixAdapter",
     levels: Tensor,
     x: Tensor,
     grad_y: Tensor,
@@ -147,7 +147,7 @@ def _dense_gradients(
 class _LevelGradients:
     """dA and dB in float32 where the steps move too, filled from tiles of rows of g."""
 
-    def __init__(self, layer: "GridAdapter", steps: Tensor, down: Tensor, up: Tensor) -> None:
+    def __init__(self, layer: "MatrixAdapter", steps: Tensor, down: Tensor, up: Tensor) -> None:
         self.down, self.up = down, up
         self.grad_down, self.grad_up = torch.zeros_like(down), torch.empty_like(up)
         ratio = moved_steps(layer, steps).float() * reciprocal(steps)

@@ -14,16 +14,18 @@ Above, t0 are the base's latent levels and u is the dither: 0 where t0 keeps a f
 grid a fixed value in (-1/2, 1/2), so that the *expected* change of a level is the delta and there
 is no dead zone, while a zero delta moves nothing (`qatlora.grid.dither`).
 
-Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s].
+Shapes: x [tokens, in], W [out, in], A [r, in], B [out, r], A_s [r_s, in/32], B_s [out, r_s]. A
+stack of experts has such factors for each of its matrices, and is deployed matrix by matrix.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from qatlora.base.experts import Stacked, stacked
 from qatlora.base.linear import GridLinear
 from qatlora.base.stores import LatentReader, reciprocal
 from qatlora.grid import (
@@ -38,8 +40,12 @@ from qatlora.grid import (
 )
 
 if TYPE_CHECKING:
+    from qatlora.adapters.expert_layer import ExpertAdapter
     from qatlora.adapters.latent_layer import LatentLinear
     from qatlora.adapters.layer import GridAdapter
+
+    MatrixAdapter: TypeAlias = GridAdapter | ExpertAdapter
+    Layer: TypeAlias = GridLinear | Stacked | MatrixAdapter | LatentLinear
 
 _FP16_MAX = 65504.0
 
@@ -95,17 +101,20 @@ class LatentRule:
 
 
 @torch.no_grad()
-def deployed_weight(layer: "GridLinear | GridAdapter | LatentLinear") -> Q4Blocks:
+def deployed_weight(layer: "Layer") -> Q4Blocks:
     """The model: what training multiplies by, the guard compares and the GGUF holds.
 
     Args:
-        layer: a base layer, an adapter over one (with disabled adapters: the base), or latents.
+        layer: a base layer, an adapter over one (with disabled adapters: the base), latents, or
+            one expert of a stack.
 
     Returns:
-        steps float16 [out, in / 32] and levels int8 [out, in].
+        steps float16 [out, in / 32] and levels int8 [out, in]; of a stack [E, ...].
     """
     if isinstance(layer, GridLinear):
         return layer.base_blocks()
+    if isinstance(layer, Stacked):
+        return stacked(deployed_weight(expert) for expert in layer.linears())
     if isinstance(layer.rule, LatentRule):
         return _of_latents(layer)
     # Autocast would round the delta to bf16 and move codes.
@@ -131,7 +140,7 @@ def _of_latents(layer: "LatentLinear") -> Q4Blocks:
     return Q4Blocks(changed_steps(layer.steps, layer.step_change), levels)
 
 
-def _with_moved_levels(layer: "GridAdapter") -> Q4Blocks:
+def _with_moved_levels(layer: "MatrixAdapter") -> Q4Blocks:
     base = layer.get_base_layer()
     down, up = layer.parameters_of("lora_A"), layer.parameters_of("lora_B")
     if down is None or up is None:
@@ -148,7 +157,8 @@ def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor)
     by_row = by_column = None
     if rule.dither == "always" or (rule.dither == "auto" and store.on_grid):
         noise = Dither(rule.seed, base.tensor_name)
-        by_row, by_column = noise.ramps(slice(0, num_rows), width, up.device)
+        rows_of_tensor = slice(base.first_row, base.first_row + num_rows)
+        by_row, by_column = noise.ramps(rows_of_tensor, width, up.device)
     levels = torch.empty(num_rows, width, dtype=torch.int8, device=up.device)
     for rows, stored in store.stored_tiles():
         parts = (store.steps[rows], product.of_rows(rows), per_step[rows])
@@ -198,7 +208,7 @@ def _merged_by_reference(base: GridLinear, rule: AdapterRule, down: Tensor, up: 
     )
 
 
-def moved_steps(layer: "GridAdapter", steps: Tensor) -> Tensor:
+def moved_steps(layer: "MatrixAdapter", steps: Tensor) -> Tensor:
     """The steps after the step adapter, float16; unchanged where there is none."""
     down, up = layer.parameters_of("lora_steps_A"), layer.parameters_of("lora_steps_B")
     if down is None or up is None:
@@ -250,6 +260,6 @@ def low_rank(up: Tensor, down: Tensor, scale: float) -> Tensor:
         return LowRank(up, down, scale).of_rows(slice(None)).float()
 
 
-def deployed_dense(layer: "GridLinear | GridAdapter | LatentLinear", dtype: torch.dtype) -> Tensor:
-    """The deployed weight as a dense matrix [out, in]."""
+def deployed_dense(layer: "Layer", dtype: torch.dtype) -> Tensor:
+    """The deployed weight as a dense matrix [out, in]; of a stack [E, out, in]."""
     return decode(deployed_weight(layer), dtype)

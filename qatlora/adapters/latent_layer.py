@@ -6,8 +6,7 @@ from torch.nn import functional
 
 from qatlora.adapters.autograd import LatentProduct
 from qatlora.adapters.deployed import LatentRule
-from qatlora.adapters.layer import compute_dtype
-from qatlora.base.linear import GridLinear
+from qatlora.base.linear import GridLinear, compute_dtype
 from qatlora.base.stores import Q4Store
 from qatlora.grid import Q4Blocks, eager_in_user_graphs, encode_reference, settle
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from qatlora.adapters.deployed import LatentRule
 from qatlora.adapters.latent_layer import LatentLinear
 from qatlora.adapters.model import GridModel, ParameterGroups
+from qatlora.base.experts import ExpertStack
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
-from qatlora.base.stores import Bf16Store
 from qatlora.errors import AdapterError
 
 
@@ -25,7 +25,7 @@ class LatentModel(GridModel):
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """Within this context every layer has the blocks it had before training."""
-        layers = list(self.trained_layers())
+        layers = self.trained_layers()
         try:
             for layer in layers:
                 layer.is_off = True
@@ -36,33 +36,40 @@ class LatentModel(GridModel):
 
     def parameter_groups(self) -> ParameterGroups:
         """Latents, and the factors of the steps where they are learned."""
-        layers = list(self.trained_layers())
+        layers = self.trained_layers()
         changes = (layer.step_change for layer in layers)
         return ParameterGroups(
             levels=[layer.latent for layer in layers],
             steps=[change for change in changes if change is not None],
         )
 
-    def trained_layers(self) -> Iterator[LatentLinear]:
+    def trained_layers(self) -> list[LatentLinear]:
         """The layers that train, in the model's order."""
-        for _, layer in self.layers():
-            if isinstance(layer, LatentLinear):
-                yield layer
+        return [layer for layer in self.trainable() if isinstance(layer, LatentLinear)]
 
 
 def attach_latents(base: LoadedBase, rule: LatentRule) -> LatentModel:
-    """Put a `LatentLinear` in place of every trained linear of the base.
+    """Put a `LatentLinear` in place of every trained linear, and of every expert, of the base.
 
     Raises:
         AdapterError: the base is not stored as bf16, so the fractions of its weights are gone.
     """
     for name in base.trained:
         layer = base.model.get_submodule(name)
-        assert isinstance(layer, GridLinear)
-        if not isinstance(layer.store, Bf16Store):
-            raise AdapterError(
-                f"The base is stored as {base.storage}, and training its weights starts from the "
-                "checkpoint's own values, which only bf16 keeps. Use storage=bf16."
-            )
-        base.model.set_submodule(name, LatentLinear(layer, layer.store.weight, rule))
+        if isinstance(layer, ExpertStack):
+            for number, linear in enumerate(layer.linears()):
+                layer.experts[number] = _latent(linear, base, rule)
+        else:
+            assert isinstance(layer, GridLinear)
+            base.model.set_submodule(name, _latent(layer, base, rule))
     return LatentModel(base, base.model, rule)
+
+
+def _latent(linear: GridLinear, base: LoadedBase, rule: LatentRule) -> LatentLinear:
+    weight = linear.checkpoint_weight()
+    if weight is None:
+        raise AdapterError(
+            f"The base is stored as {base.storage}, and training its weights starts from the "
+            "checkpoint's own values, which only bf16 keeps. Use storage=bf16."
+        )
+    return LatentLinear(linear, weight, rule)

@@ -15,13 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.deployed import AdapterRule, LatentRule, deployed_weight
+from qatlora.adapters.expert_layer import StackAdapter
 from qatlora.adapters.latent_layer import LatentLinear
 from qatlora.adapters.layer import GridAdapter
+from qatlora.base.experts import ExpertStack, stacked
 from qatlora.base.linear import GridLinear
 from qatlora.base.load import LoadedBase
 from qatlora.grid import Q4Blocks, decode, digest, settle
 
-GridLayer = GridLinear | GridAdapter | LatentLinear
+BaseLayer = GridLinear | ExpertStack
+GridLayer = BaseLayer | GridAdapter | StackAdapter | LatentLinear
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class GridModel(ABC):
             assert isinstance(layer, GridLayer)
             yield name, layer
 
+    def trainable(self) -> Iterator[GridAdapter | StackAdapter | LatentLinear]:
+        """Yield every layer with parameters; in a stack of the base these are single experts."""
+        for _, layer in self.layers():
+            for part in layer.linears() if isinstance(layer, ExpertStack) else [layer]:
+                if not isinstance(part, BaseLayer):
+                    yield part
+
     def deployed(self) -> Iterator[tuple[str, Q4Blocks]]:
         """Yield (tensor name, deployed blocks), one layer at a time."""
         for name, layer in self.layers():
@@ -74,8 +84,7 @@ class GridModel(ABC):
     def base_blocks(self) -> Iterator[tuple[str, Q4Blocks]]:
         """Yield (tensor name, the blocks before training)."""
         for name, layer in self.layers():
-            base = layer if isinstance(layer, GridLinear) else layer.get_base_layer()
-            yield name, base.base_blocks()
+            yield name, _before_training(layer)
 
     def deployed_digests(self) -> dict[str, str]:
         """Tensor name -> hex SHA-256 of its packed blocks."""
@@ -83,16 +92,15 @@ class GridModel(ABC):
 
     def keep_blocks(self, keep: bool) -> None:
         """Let every trained layer keep its blocks from forward to backward pass, or not."""
-        for _, layer in self.layers():
-            if not isinstance(layer, GridLinear):
-                layer.keeps_blocks = keep
+        for layer in self.trainable():
+            layer.keeps_blocks = keep
 
     def settle(self) -> None:
         """Fix trained weights, once training is over, to blocks that a bf16 checkpoint keeps.
 
         What training multiplied by in bf16 stays bit for bit. Adapters deploy what they deploy.
         """
-        for _, layer in self.layers():
+        for layer in self.trainable():
             if isinstance(layer, LatentLinear):
                 layer.settled = settle(deployed_weight(layer))
 
@@ -128,3 +136,10 @@ class GridModel(ABC):
         finally:
             for layer in layers.values():
                 layer.held_weight = None
+
+
+def _before_training(layer: GridLayer) -> Q4Blocks:
+    if isinstance(layer, ExpertStack):
+        return stacked(_before_training(expert) for expert in layer.linears())
+    base = layer if isinstance(layer, GridLinear) else layer.get_base_layer()
+    return base.base_blocks()

@@ -22,14 +22,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qatlora.base.assemble import empty_model, fill_model
+from qatlora.base.experts import matrices, put_layer
 from qatlora.base.gguf_config import gemma3_config, llama_config
-from qatlora.base.linear import GridLinear
 from qatlora.base.stores import Q4Store
 from qatlora.errors import CheckpointError
 from qatlora.grid import unpack
 from qatlora.llamacpp.gguf_read import GgufFile, GgufTensor, dequantize, read_gguf
 
 _CHUNK_WEIGHTS = 1 << 24
+_STAMP = "qatlora.version"  # in the metadata of every file that we export
 _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -49,10 +50,21 @@ _GEMMA3_NAMES = _LAYER_NAMES | {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _GEMMA4_NAMES = _GEMMA3_NAMES | {
-    "layer_scalar": "layer_output_scale",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    "router.proj": "ffn_gate_inp",
     "per_layer_input_gate": "inp_gate",
     "per_layer_projection": "proj",
     "post_per_layer_input_norm": "post_norm",
+}
+# Of parameters and buffers that are no module's weight or bias.
+_BARE_NAMES = {
+    "layer_scalar": "layer_output_scale.weight",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
 }
 _TOP_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -73,7 +85,7 @@ class Architecture:
     norm_shift: what llama.cpp adds to the weights of norms.
     interleaved: whether the rows of q_proj and k_proj are interleaved in the GGUF.
     make_config: metadata to configuration class; None if only files of our own can be loaded,
-        beside the configuration that they were exported with.
+        beside the configuration of their checkpoint.
     """
 
     model_types: tuple[str, ...]
@@ -83,23 +95,34 @@ class Architecture:
     make_config: Callable[[GgufFile], PreTrainedConfig] | None
 
 
-def config_from_gguf(gguf: GgufFile) -> PreTrainedConfig:
+def config_from_gguf(gguf: GgufFile, beside: PreTrainedConfig | None = None) -> PreTrainedConfig:
     """The configuration that transformers needs to run this file.
+
+    Args:
+        gguf: the file.
+        beside: of the checkpoint that it is compared with, for files of our own that have none.
 
     Raises:
         CheckpointError: the architecture is not supported, or a metadata key is missing.
     """
     make_config = _architecture(gguf).make_config
     if make_config is None:
+        if beside is not None and _STAMP in gguf.metadata:
+            return beside
         raise CheckpointError(
-            f"{gguf.path} is a Gemma 4 model, and Gemma 4 files are read only to check an export: "
-            "as a base such a file has neither towers nor bf16 values, and what its writer did "
-            "with its embeddings, scalars and tokenizer is not known. Give base.path=FOLDER of the "
-            "Hugging Face checkpoint."
+            f"{gguf.path} is a Gemma 4 model, and of those only qatlora's own exports are read, "
+            "beside their checkpoint: such a file has neither towers nor bf16 values, and what "
+            "another writer did with its embeddings, scalars and tokenizer is not known. Give the "
+            "Hugging Face folder instead (as a base base.path=FOLDER)."
         )
     config = make_config(gguf)
     config.dtype = torch.bfloat16
     return config
+
+
+def require_fit(gguf: GgufFile, config: PreTrainedConfig) -> None:
+    """As `weights_from_gguf`, but only what headers tell: raises where a tensor has no place."""
+    _matched(gguf, config.get_text_config(), _architecture(gguf))
 
 
 def weights_from_gguf(
@@ -144,7 +167,7 @@ def model_from_gguf(path: Path, config: PreTrainedConfig, dtype: torch.dtype) ->
 def packed_model_from_gguf(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """As `model_from_gguf`, but Q4_0 tensors stay packed: `GridLinear`, 4.5 bits per weight.
+    """As `model_from_gguf`, but Q4_0 tensors stay packed, 4.5 bits per weight.
 
     The same model to the last bit, slower, in a quarter of the memory.
 
@@ -156,10 +179,9 @@ def packed_model_from_gguf(
     model, others = empty_model(config, dtype), {}
     for name, tensor in _matched(gguf, config, architecture).items():
         if tensor.type_name == "Q4_0":
-            module = name.removesuffix(".weight")
             rows = _in_our_order(torch.from_numpy(tensor.data.copy()), name, config, architecture)
-            store = Q4Store(unpack(rows))
-            model.set_submodule(module, GridLinear(module, store, model.get_submodule(module).bias))
+            stores = [Q4Store(matrix) for matrix in matrices(unpack(rows))]
+            put_layer(model, name.removesuffix(".weight"), stores)
         else:
             others[name] = _decode(tensor, name, config, architecture, dtype)
     return fill_model(model, others, torch.device("cpu"))
@@ -189,7 +211,7 @@ def _matched(
         matched[name] = tensor
     if unused:
         raise CheckpointError(
-            f"{gguf.path} has tensors that a dense {config.model_type} model does not know "
+            f"{gguf.path} has tensors that a {config.model_type} model does not know "
             f"({', '.join(sorted(unused)[:4])}{', ...' if len(unused) > 4 else ''}): it is a "
             "variant that cannot be loaded; give the HF folder of the model instead."
         )
@@ -222,12 +244,12 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _gguf_name(hf_name: str, architecture: Architecture) -> str:
     module, _, kind = hf_name.rpartition(".")
-    if kind == "layer_scalar":  # a buffer of the layer itself
-        module, kind = hf_name, "weight"
     if module in _TOP_NAMES:
         return f"{_TOP_NAMES[module]}.{kind}"
-    layer, _, rest = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{architecture.layer_names[rest]}.{kind}"
+    layer, _, rest = hf_name.removeprefix("model.layers.").partition(".")
+    if rest in _BARE_NAMES:
+        return f"blk.{layer}.{_BARE_NAMES[rest]}"
+    return f"blk.{layer}.{architecture.layer_names[rest.removesuffix(f'.{kind}')]}.{kind}"
 
 
 def _decode(

@@ -8,15 +8,24 @@ public NF4 build    searched from the dequantized NF4, with a warning
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qatlora.base.experts import matrices
+from qatlora.base.names import is_stack, weight_key
 from qatlora.base.packed import packed_blocks
 from qatlora.base.source import Source
-from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store, Store, dequantized_nf4
+from qatlora.base.stores import (
+    Bf16Store,
+    Nf4Store,
+    Q4Store,
+    Store,
+    dequantized_nf4,
+    quantized_nf4,
+)
 from qatlora.grid import decode, recover
 
 # A checkpoint counts as on a grid when nearly all blocks of a tensor are: a single odd block (an
@@ -25,79 +34,120 @@ ON_GRID_SHARE = 0.99
 
 
 class LayerGrid(NamedTuple):
-    """The store of one layer, and how many of its blocks lie on a grid in the checkpoint."""
+    """What is known of one weight.
 
-    store: Store
+    stores: of each of its matrices: one of a linear, one per expert of a stack.
+    num_on_grid: how many of its blocks lie on a grid in the checkpoint.
+    """
+
+    stores: tuple[Store, ...]
     num_on_grid: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all matrices."""
+        return sum(store.steps.numel() for store in self.stores)
+
+    @property
+    def steps(self) -> Tensor:
+        """Steps of the weight, float16 [..., in / 32]."""
+        steps = [store.steps for store in self.stores]
+        return steps[0] if len(steps) == 1 else torch.stack(steps)
+
+    def digest(self) -> str:
+        """`Store.digest`; of several, hex SHA-256 over theirs."""
+        digests = [store.digest() for store in self.stores]
+        return digests[0] if len(digests) == 1 else _digest_of(digests)
 
 
 def layer_grid(
-    source: Source, name: str, linear: nn.Module, kind: str, device: torch.device
+    source: Source, name: str, held: Tensor, kind: str, device: torch.device
 ) -> LayerGrid:
-    """Find steps and latent levels of one linear and keep them as `kind`.
+    """Find steps and latent levels of one weight and keep them as `kind`.
 
     Args:
         source: the checkpoint.
-        name: the module's name.
-        linear: the loaded module; its weight is not looked at where the source is packed.
+        name: the weight's name in the lists.
+        held: the loaded weight; it is not looked at where the source is packed.
         kind: nf4, q4_0 or bf16.
-        device: where the store goes.
+        device: where the stores go.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
     """
     if name in source.packed_modules:
         return _stored_blocks(source, name, kind, device)
-    if name in source.nf4_modules and source.record is not None:
-        return _stored_steps(source, name, linear, device)
-    recovered = recover(_best_weight(source, name, linear).to(device))
-    blocks, num_on_grid = recovered.blocks, int(recovered.on_grid.sum())
+    if _has_stored_steps(source, name):
+        return _stored_steps(source, name, held, kind, device)
+    blocks, on_grid_blocks = recover(_best_weight(source, name, held).to(device))
+    num_on_grid = int(on_grid_blocks.sum())
     if kind == "q4_0":
-        return LayerGrid(Q4Store(blocks), num_on_grid)
+        return LayerGrid(tuple(map(Q4Store, matrices(blocks))), num_on_grid)
     on_grid = num_on_grid >= ON_GRID_SHARE * blocks.steps.numel()
-    # A module that is Q4_0 in the GGUF but not in the NF4 list stays bf16 in memory.
-    if hasattr(linear.weight, "quant_state"):
-        return LayerGrid(Nf4Store(linear.weight, blocks.steps, on_grid=on_grid), num_on_grid)
-    weight = linear.weight.detach()
-    return LayerGrid(Bf16Store(weight, blocks.steps, on_grid=on_grid), num_on_grid)
+    return LayerGrid(_stores(name, held, blocks.steps, kind, on_grid=on_grid), num_on_grid)
+
+
+def _stores(
+    name: str, held: Tensor, steps: Tensor, kind: str, *, on_grid: bool
+) -> tuple[Store, ...]:
+    """The loaded weight and its steps; of a stack matrix by matrix, which become NF4 only here."""
+    if hasattr(held, "quant_state"):
+        return (Nf4Store(held, steps, on_grid=on_grid),)
+    if not is_stack(name):  # in NF4 storage, too, if it is in the Q4_0 list alone
+        return (Bf16Store(held.detach(), steps, on_grid=on_grid),)
+    pairs = zip(held.detach(), steps, strict=True)
+    if kind == "nf4":
+        return tuple(Nf4Store(quantized_nf4(one), its, on_grid=on_grid) for one, its in pairs)
+    return tuple(Bf16Store(one, its, on_grid=on_grid) for one, its in pairs)
 
 
 def base_digest(stores: Mapping[str, str]) -> str:
-    """Hex SHA-256 of a base: module -> `Store.digest`, in the order of the Q4_0 list."""
-    digest = hashlib.sha256()
-    for name, of_store in stores.items():
-        digest.update(f"{name} {of_store}\n".encode())
-    return digest.hexdigest()
+    """Hex SHA-256 of a base: name -> `LayerGrid.digest`, in the order of the Q4_0 list."""
+    return _digest_of(f"{name} {of_stores}\n" for name, of_stores in stores.items())
+
+
+def _digest_of(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _stored_blocks(source: Source, name: str, kind: str, device: torch.device) -> LayerGrid:
     """What is packed is on its grid, even where its source was not."""
     assert source.record is not None
     blocks = packed_blocks(source, name, device)
-    store = (
-        Q4Store(blocks)
+    stores = tuple(
+        Q4Store(matrix)
         if kind == "q4_0"
-        else Bf16Store(decode(blocks, torch.bfloat16), blocks.steps, on_grid=True)
+        else Bf16Store(decode(matrix, torch.bfloat16), matrix.steps, on_grid=True)
+        for matrix in matrices(blocks)
     )
-    return LayerGrid(store, source.record.on_grid_blocks[name])
+    return LayerGrid(stores, source.record.on_grid_blocks[name])
 
 
-def _stored_steps(source: Source, name: str, linear: nn.Module, device: torch.device) -> LayerGrid:
+def _has_stored_steps(source: Source, name: str) -> bool:
+    """Of what a build of ours has in NF4, and of its experts, which lie in bf16 there."""
+    if source.record is None or source.record.storage != "nf4":
+        return False
+    return name in source.nf4_modules or (is_stack(name) and name in source.record.blocks)
+
+
+def _stored_steps(
+    source: Source, name: str, held: Tensor, kind: str, device: torch.device
+) -> LayerGrid:
     assert source.record is not None
     num_on_grid = source.record.on_grid_blocks[name]
     on_grid = num_on_grid >= ON_GRID_SHARE * source.record.blocks[name]
     steps = source.steps(name).to(device)
-    return LayerGrid(Nf4Store(linear.weight, steps, on_grid=on_grid), num_on_grid)
+    return LayerGrid(_stores(name, held, steps, kind, on_grid=on_grid), num_on_grid)
 
 
-def _best_weight(source: Source, name: str, linear: nn.Module) -> Tensor:
+def _best_weight(source: Source, name: str, held: Tensor) -> Tensor:
     """The bf16 source weight, or the dequantized NF4 where there is no source."""
     if name not in source.nf4_modules:
-        return source.tensor(f"{name}.weight")
+        return source.tensor(weight_key(name))
     warnings.warn(
         f"{source.name} is an NF4 build whose bf16 source is not at hand, so its steps are "
         "searched from the NF4 values: only about a quarter of an on-grid checkpoint's weights "
         "come back. Give base.path of the bf16 checkpoint to keep its grid.",
         stacklevel=2,
     )
-    return dequantized_nf4(linear.weight)
+    return dequantized_nf4(held)

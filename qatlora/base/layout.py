@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from qatlora.base.architectures import matching_linears, require_block_width, tensor_lists
+from qatlora.base.architectures import (
+    matching_weights,
+    require_block_width,
+    tensor_lists,
+    weight_names,
+)
+from qatlora.base.experts import PLAIN_IMPLEMENTATION
+from qatlora.base.names import is_stack, weight_key
 from qatlora.base.source import Source
 from qatlora.config import BaseConfig
 from qatlora.errors import CheckpointError
@@ -19,14 +26,16 @@ class Layout:
     """What the three lists select in one checkpoint, found on the meta device.
 
     Attributes:
-        trained: modules that get an adapter.
-        nf4: modules stored as NF4 when storage=nf4.
-        grid: modules that are Q4_0 in the GGUF.
+        trained: weights that get an adapter.
+        nf4: weights stored as NF4 when storage=nf4.
+        grid: weights that are Q4_0 in the GGUF.
         not_nf4: the other linears, which storage=nf4 leaves in bf16.
         tied: whether the embeddings and lm_head are one tensor.
         num_parameters: all parameters, tied ones once.
-        num_grid_weights: weights of the modules in `grid`.
-        max_grid_weights: weights of the largest of them.
+        num_grid_weights: numbers in the weights of `grid`.
+        num_expert_weights: those of them that are in stacks of experts.
+        num_active_weights: those of `grid` that a token is multiplied by; it meets few experts.
+        max_grid_weights: numbers in the largest of them.
     """
 
     trained: tuple[str, ...]
@@ -36,7 +45,14 @@ class Layout:
     tied: bool
     num_parameters: int
     num_grid_weights: int
+    num_expert_weights: int
+    num_active_weights: float
     max_grid_weights: int
+
+    @property
+    def nf4_modules(self) -> tuple[str, ...]:
+        """Those of `nf4` that bitsandbytes makes NF4: it knows linears, and no stacks."""
+        return tuple(name for name in self.nf4 if not is_stack(name))
 
 
 def find_layout(source: Source, settings: BaseConfig) -> Layout:
@@ -48,29 +64,30 @@ def find_layout(source: Source, settings: BaseConfig) -> Layout:
     """
     lists = tensor_lists(source.model_type, settings.trained)
     config = plain_config(source.folder)
-    require_dense(config, str(source.folder))
     skeleton = _skeleton(config, source.folder)
-    trained = matching_linears(skeleton, lists.trained)
-    nf4 = _nf4_modules(source, skeleton, set(matching_linears(skeleton, lists.nf4)))
-    grid = matching_linears(skeleton, lists.q4_0)
-    for name in grid:
-        require_block_width(name, skeleton.get_submodule(name).in_features, BLOCK_SIZE)
+    trained = matching_weights(skeleton, lists.trained)
+    nf4 = _nf4_weights(source, skeleton, set(matching_weights(skeleton, lists.nf4)))
+    grid = matching_weights(skeleton, lists.q4_0)
+    weights = [skeleton.get_parameter(weight_key(name)) for name in grid]
+    for name, weight in zip(grid, weights, strict=True):
+        require_block_width(name, weight.shape[-1], BLOCK_SIZE)
     _require_packed_fit(source, grid, skeleton)
-    sizes = [skeleton.get_submodule(name).weight.numel() for name in grid]
+    num_grid = sum(weight.numel() for weight in weights)
+    num_expert = sum(weight.numel() for weight in weights if weight.ndim == 3)
     return Layout(
         trained=tuple(trained),
         nf4=tuple(nf4),
         grid=tuple(grid),
         not_nf4=tuple(
-            name
-            for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear) and name not in nf4
+            name for name in weight_names(skeleton) if not is_stack(name) and name not in nf4
         ),
         # Asked of the model: config.json may be silent about it, as Gemma's is.
         tied=skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        num_grid_weights=sum(sizes),
-        max_grid_weights=max(sizes),
+        num_grid_weights=num_grid,
+        num_expert_weights=num_expert,
+        num_active_weights=num_grid - num_expert * (1 - _routed_share(config)),
+        max_grid_weights=max(weight.numel() for weight in weights),
     )
 
 
@@ -84,6 +101,7 @@ def plain_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as problem:  # transformers raises many classes for one cause
         raise _unusable_config(folder, problem) from problem
+    config._experts_implementation = PLAIN_IMPLEMENTATION
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -107,30 +125,23 @@ def _unusable_config(folder: Path, problem: Exception) -> CheckpointError:
     )
 
 
-def require_dense(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a mixture of experts.
-
-    Raises:
-        CheckpointError: it is one.
-    """
+def _routed_share(config: PreTrainedConfig) -> float:
+    """Share of the experts that a token is sent to; 1 of a dense model."""
     text = config.get_text_config()
-    if getattr(text, "enable_moe_block", False):
-        raise CheckpointError(
-            f"{name} is a mixture of {text.num_experts} experts, whose weights are one "
-            "tensor per layer that is no linear module, so they could be neither trained nor kept "
-            "as Q4_0. Use a dense checkpoint of the family."
-        )
+    if not getattr(text, "enable_moe_block", False):
+        return 1.0
+    return float(text.top_k_experts / text.num_experts)
 
 
-def _nf4_modules(source: Source, skeleton: PreTrainedModel, wanted: set[str]) -> list[str]:
+def _nf4_weights(source: Source, skeleton: PreTrainedModel, wanted: set[str]) -> list[str]:
     """The NF4 list in the model's order; of a build also what it quantized outside of the text."""
     found = wanted | source.nf4_modules
     if source.nf4_modules:
         head = skeleton.get_output_embeddings()
         text = {*skeleton.get_decoder().modules(), head}
         extra = sorted(name for name in found - wanted if skeleton.get_submodule(name) in text)
-        _require_same_nf4(source, wanted, extra)
-    return [name for name, _ in skeleton.named_modules() if name in found]
+        _require_same_nf4(source, {name for name in wanted if not is_stack(name)}, extra)
+    return [name for name in weight_names(skeleton) if name in found]
 
 
 def _require_same_nf4(source: Source, wanted: set[str], extra: list[str]) -> None:
@@ -154,8 +165,7 @@ def _require_packed_fit(source: Source, grid: list[str], skeleton: nn.Module) ->
             "was built with another base.trained. Give the same base.trained as for the build."
         )
     for name in source.packed_modules:
-        linear = skeleton.get_submodule(name)
-        num_blocks = linear.weight.numel() // BLOCK_SIZE
+        num_blocks = skeleton.get_parameter(weight_key(name)).numel() // BLOCK_SIZE
         if source.record is not None and source.record.blocks[name] != num_blocks:
             raise CheckpointError(
                 f"{name} in {source.folder} holds {source.record.blocks[name]} blocks of "

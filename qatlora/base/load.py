@@ -1,9 +1,10 @@
-"""Load a checkpoint so that every trained linear knows its steps and latent levels.
+"""Load a checkpoint so that every trained weight knows its steps and latent levels.
 
     Source (folder) -> transformers model in bf16 or NF4 -> GridLinear for each Q4_0 linear
+                                                         -> ExpertStack for each stack of experts
 
 Where the steps come from is told in `qatlora.base.grids`. A packed Q4_0 build never becomes a dense
-model: its linears are left out until their `GridLinear` takes their place.
+model: its weights are left out until these layers take their place.
 """
 
 from collections.abc import Callable, Collection
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 from qatlora.base.digests import digest_of_others
+from qatlora.base.experts import PLAIN_IMPLEMENTATION, put_layer
 from qatlora.base.grids import ON_GRID_SHARE, base_digest, layer_grid
 from qatlora.base.intact import require_all_found, require_sum
 from qatlora.base.layout import Layout
-from qatlora.base.linear import GridLinear
+from qatlora.base.names import weight_key
 from qatlora.base.packed import model_unpacked, model_without_packed
 from qatlora.base.record import is_packed
 from qatlora.base.source import Source, read_source
@@ -39,11 +41,11 @@ class LoadedBase:
 
     Attributes:
         name: how people call it.
-        model: transformers model whose trained linears are `GridLinear`.
+        model: transformers model whose weights on the grid are `GridLinear` or `ExpertStack`.
         tokenizer: its tokenizer.
         source: where it came from.
         storage: nf4, q4_0 or bf16.
-        grid: names of the modules that are Q4_0 in the GGUF; each is a `GridLinear`.
+        grid: names of the weights that are Q4_0 in the GGUF; each names such a layer.
         trained: those of them that get an adapter, in the model's order.
         on_grid_share: share of the trained blocks that lie on a grid in the checkpoint.
         num_parameters: all parameters of the checkpoint, tied ones once.
@@ -83,11 +85,11 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase,
     on_layer: OnLayer | None = None,
 ) -> LoadedBase:
-    """Load the model and put a `GridLinear` in place of every trained linear.
+    """Load the model and put a layer on the grid in the place of every Q4_0 weight.
 
     Args:
         source: a checked folder.
-        layout: which of its modules are trained, NF4 and Q4_0.
+        layout: which of its weights are trained, NF4 and Q4_0.
         storage: nf4, q4_0 or bf16.
         device: where the model goes.
         tokenizer: the checkpoint's, with the chat template in force.
@@ -101,13 +103,12 @@ def load_base(
     model = _load_model(source, layout, kind, device)
     digests, num_on_grid, num_blocks = {}, 0, 0
     for name in layout.grid:
-        linear = model.get_submodule(name)
-        store, layer_on_grid = layer_grid(source, name, linear, kind, device)
-        model.set_submodule(name, GridLinear(name, store, linear.bias))
-        digests[name] = store.digest()
+        grid = layer_grid(source, name, model.get_parameter(weight_key(name)), kind, device)
+        put_layer(model, name, grid.stores)
+        digests[name] = grid.digest()
         if name in layout.trained:
-            num_on_grid += layer_on_grid
-            num_blocks += store.steps.numel()
+            num_on_grid += grid.num_on_grid
+            num_blocks += grid.num_blocks
         if on_layer:
             on_layer(1)
     digest = base_digest(digests)
@@ -199,7 +200,7 @@ def _load_model(source: Source, layout: Layout, kind: str, device: torch.device)
 
 
 def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
-    """The frozen transformers model with exactly the modules `layout.nf4` as Linear4bit.
+    """The frozen transformers model with exactly `layout.nf4_modules` as Linear4bit.
 
     Raises:
         CheckpointError: transformers cannot load it, or made other modules NF4.
@@ -219,7 +220,7 @@ def load_nf4_to_save(source: Source, layout: Layout, device: torch.device) -> Pr
     model = _from_pretrained(
         source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
     )
-    require_nf4(model, layout.nf4, source.folder)
+    require_nf4(model, layout.nf4_modules, source.folder)
     return model
 
 
@@ -271,6 +272,7 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map=str(device),
+            experts_implementation=PLAIN_IMPLEMENTATION,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

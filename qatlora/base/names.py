@@ -3,6 +3,10 @@
 Multimodal checkpoints are published with the names of the transformers version they were made
 with, and transformers renames them while it loads (and back when it saves). Everything here goes by
 the names of the loaded model.
+
+The three lists name a weight without ``.weight``. The experts of a layer are no linear modules but
+parameters [experts, out, in], and such a *stack* has nothing behind its name: neither in the model
+nor in the files.
 """
 
 import re
@@ -24,6 +28,19 @@ _RENAMED = {
         ),
     ),
 }
+
+
+_STACK = re.compile(r".+\.experts\.(gate_up|down)_proj")
+
+
+def is_stack(name: str) -> bool:
+    """Whether a name of the lists means a stack of experts."""
+    return _STACK.fullmatch(name) is not None
+
+
+def weight_key(name: str) -> str:
+    """The parameter, and the tensor in the files, that a name of the lists means."""
+    return name if is_stack(name) else f"{name}.weight"
 
 
 def model_name(stored: str, model_type: str) -> str:

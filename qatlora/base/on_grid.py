@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qatlora import files
 from qatlora.base.layout import Layout
+from qatlora.base.names import weight_key
 from qatlora.base.source import Source
 from qatlora.grid import (
     Q4Blocks,
@@ -31,7 +32,7 @@ def on_grid_share(source: Source, layout: Layout, device: torch.device) -> float
     """Share of the trained blocks that lie on a grid in the checkpoint."""
     found = total = 0
     for name in layout.trained:
-        on_grid = detect(source.tensor(f"{name}.weight").to(device))
+        on_grid = detect(source.tensor(weight_key(name)).to(device))
         found, total = found + int(on_grid.sum()), total + on_grid.numel()
     return found / total
 
@@ -56,7 +57,7 @@ def rounded_folder(
     if target.is_dir():
         return target
     by_file: dict[Path, set[str]] = defaultdict(set)
-    for name in (f"{module}.weight" for module in layout.grid):
+    for name in map(weight_key, layout.grid):
         by_file[source.files[name]].add(source.stored_names.get(name, name))
     with files.replacing_folder(target) as folder:
         for path in source.folder.iterdir():

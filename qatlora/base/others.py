@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qatlora.base.names import is_stack
 from qatlora.grid import BLOCK_SIZE
 
 _ROWS = 4096
+_ROUTER = ".router.proj"
 
 
 @torch.no_grad()
@@ -22,15 +24,17 @@ def deploy_others(model: PreTrainedModel, grid: Collection[str], other_type: str
     """Round every matrix of the text decoder outside of `grid`, and lm_head, in place.
 
     These are the embeddings, and in Gemma 4 E2B and E4B the embedding and the projection of the
-    per-layer inputs. Norms keep their precision, and towers are not in the file.
+    per-layer inputs. Norms and routers keep their precision (F32 in the file), and towers are not
+    in it.
 
     Args:
         model: any model of the base's layout.
-        grid: names of the modules that are Q4_0 in the GGUF.
+        grid: names of the weights that are Q4_0 in the GGUF.
         other_type: q8_0, f16, bf16 or f32.
     """
-    on_grid = {model.get_submodule(name) for name in grid}
-    layers = {*model.get_decoder().modules(), model.get_output_embeddings()} - on_grid
+    kept = {model.get_submodule(name) for name in grid if not is_stack(name)}
+    kept |= {module for name, module in model.named_modules() if name.endswith(_ROUTER)}
+    layers = {*model.get_decoder().modules(), model.get_output_embeddings()} - kept
     plain = (layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear))
     for weight in {id(weight): weight for weight in plain}.values():  # a tied pair is one tensor
         for rows in weight.split(_ROWS):

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qatlora.base.assemble import empty_model, fill_model
 from qatlora.base.layout import plain_config
+from qatlora.base.names import weight_key
 from qatlora.base.plain import put_blocks
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
@@ -19,12 +20,12 @@ from qatlora.grid import Q4Blocks, unpack
 
 
 def packed_blocks(source: Source, name: str, device: torch.device) -> Q4Blocks:
-    """The blocks of one packed module: steps [out, in / 32], levels [out, in].
+    """The blocks of one packed weight: steps [..., in / 32], levels [..., in].
 
     Raises:
         CheckpointError: a step is infinite or not a number.
     """
-    blocks = unpack(source.tensor(f"{name}.weight").to(device))
+    blocks = unpack(source.tensor(weight_key(name)).to(device))
     if not bool(blocks.steps.isfinite().all()):
         raise CheckpointError(
             f"A step of {name} in {source.folder} is infinite or not a number: the file is "
@@ -76,7 +77,7 @@ def _require_fit(source: Source, model: PreTrainedModel, others: dict[str, Tenso
     """Compare names and shapes with the layout; load_state_dict would leave gaps on meta."""
     expected = model.state_dict()
     tied = {key for keys in _tied_groups(model) if keys & others.keys() for key in keys}
-    packed = {f"{name}.weight" for name in source.packed_modules}
+    packed = {weight_key(name) for name in source.packed_modules}
     lacking = sorted(expected.keys() - others.keys() - packed - tied)
     # Such as keys and values of layers that share them, which transformers passes over, too.
     ignored = getattr(model.get_decoder(), "_keys_to_ignore_on_load_unexpected", None) or ()

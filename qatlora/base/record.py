@@ -2,8 +2,9 @@
 
 A build is an HF folder in which the Q4_0 linears are not bf16 any more. Two kinds exist:
 
-    q4_0    `NAME.weight` holds Q4_0 rows as a GGUF holds them, uint8 [out, in / 32 * 18]. Plain
-            transformers refuses the folder: the shape is wrong and the quant_method is unknown.
+    q4_0    `NAME.weight` holds Q4_0 rows as a GGUF holds them, uint8 [out, in / 32 * 18], and a
+            stack of experts [experts, out, in / 32 * 18]. Plain transformers refuses the folder:
+            the shape is wrong and the quant_method is unknown.
     nf4     the public bitsandbytes layout, which plain transformers loads; beside it, in a file
             that transformers does not read, `NAME.steps`, float16 [out, in / 32], from the source.
 
@@ -13,6 +14,7 @@ when it is loaded, so that a damaged tensor is found and adapters move between b
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from qatlora.base.names import is_stack, weight_key
 from qatlora.errors import CheckpointError
 from qatlora.grid import BLOCK_BYTES, GRID_VERSION
 
@@ -124,9 +127,10 @@ def check_tensors(folder: Path, record: GridRecord, files: Mapping[str, Path]) -
     Raises:
         CheckpointError: one is missing, of another type, or of a width that is no whole blocks.
     """
-    suffix, dtype = ("weight", "U8") if record.storage == "q4_0" else ("steps", "F16")
+    packed = record.storage == "q4_0"
+    dtype = "U8" if packed else "F16"
     for name, num_blocks in record.blocks.items():
-        key = f"{name}.{suffix}"
+        key = weight_key(name) if packed else f"{name}.steps"
         if key not in files:
             raise CheckpointError(
                 f"{folder} has no tensor '{key}', which its {RECORD} lists. A file is missing or "
@@ -135,9 +139,9 @@ def check_tensors(folder: Path, record: GridRecord, files: Mapping[str, Path]) -
         with safe_open(files[key], framework="pt") as opened:
             stored = opened.get_slice(key)
             shape, found = tuple(stored.get_shape()), stored.get_dtype()
-        width = BLOCK_BYTES if record.storage == "q4_0" else 1
-        whole = len(shape) == 2 and shape[1] % width == 0
-        if found != dtype or not whole or shape[0] * shape[1] // width != num_blocks:
+        width = BLOCK_BYTES if packed else 1
+        whole = len(shape) == (3 if is_stack(name) else 2) and shape[-1] % width == 0
+        if found != dtype or not whole or math.prod(shape) // width != num_blocks:
             raise CheckpointError(
                 f"'{key}' in {files[key]} is {found} of shape {list(shape)}, but must be {dtype} "
                 f"with {width} value(s) for each of its {num_blocks} blocks. The file was edited "

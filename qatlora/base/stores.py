@@ -195,6 +195,16 @@ class Nf4Store(Store):
         return [self.weight.data, state.absmax, *nested]
 
 
+def quantized_nf4(weight: Tensor) -> Tensor:
+    """Quantize a matrix [out, in] to a `Params4bit` as loading a `Linear4bit` does."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    settings = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": torch.uint8}
+    packed, state = quantize_4bit(weight, **settings)
+    return Params4bit(packed, quant_state=state, bnb_quantized=True, **settings)
+
+
 def dequantized_nf4(weight: Tensor) -> Tensor:
     """Dequantize a `Params4bit`; returns [out, in] in the checkpoint's dtype."""
     from bitsandbytes.functional import dequantize_4bit

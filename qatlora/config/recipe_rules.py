@@ -12,7 +12,7 @@ from qatlora.config import (
     ValidateConfig,
 )
 from qatlora.errors import ConfigError
-from qatlora.model_spec import parse_models
+from qatlora.model_spec import parse_models, parse_vanilla
 
 
 def check_recipe_settings(cfg: RootConfig) -> None:
@@ -115,6 +115,8 @@ def _check_fidelity(fidelity: FidelityConfig) -> None:
     parse_models("fidelity.models", fidelity.models)
     if fidelity.reference is not None:
         parse_models("fidelity.reference", [fidelity.reference])
+    if fidelity.vanilla is not None:
+        parse_vanilla(fidelity.vanilla)
     if not fidelity.texts or len(set(fidelity.texts)) < len(fidelity.texts):
         raise ConfigError(
             f"fidelity.texts={fidelity.texts}: must be a list of different texts, at least one. "

@@ -119,6 +119,9 @@ class FidelityConfig:
     where PLACE is a folder, a GGUF file, hub:ID or embedded:NAME; see qatlora/model_spec.py."""
     reference: str | None = None
     """A model like those; null: each model's own bf16 checkpoint, else the base in bf16."""
+    vanilla: str | None = None
+    """PLACE of the ordinary checkpoint that the base was trained from: it is compared in NF4, too,
+    and rows are called vanilla and QAT, as on public model cards."""
     texts: list[str] = field(default_factory=lambda: ["wiki", "c4", "chats"])
     """chats (of the group data), texts as in data.general, or text files."""
     tokens_per_text: int = 65536
@@ -129,3 +132,7 @@ class FidelityConfig:
     """Arithmetic of weights and forwards; auto is bf16, fp32 has less noise."""
     worst_tokens: int = 20
     """Tokens with the largest KLD that are shown of each model."""
+    llama_cpp: bool = False
+    """Run GGUF files in llama.cpp, too, and show its figures beside ours."""
+    llama_cpp_tokens: int = 1024
+    """Scored tokens of each text there; on disk each takes two bytes per word of the vocabulary."""

@@ -72,6 +72,15 @@ class LmHead:
             return self
         return replace(self, weight=self.weight.to(dtype))
 
+    def apart(self) -> "LmHead":
+        """A head that outlives its model without keeping the rest of it in memory.
+
+        On a CPU the weight may be a part of a mapped file, all of which would stay mapped.
+        """
+        if self.weight.device.type != "cpu":
+            return self
+        return replace(self, weight=self.weight.clone())
+
     def logits(self, hidden: Tensor, compute_dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the logits [T, V] of hidden states [T, H]: for a chunk of tokens, not for a text.
 

@@ -3,7 +3,8 @@
 The layout is bitsandbytes' own (NF4, double quant, bf16 compute, uint8 storage), written by
 transformers, with every linear that stays in bf16 named in the skip list: plain transformers loads
 the folder. What it does not read is q4_0_steps.safetensors: half a bit per weight that NF4 alone
-cannot give back.
+cannot give back. The layout has no place for stacks of experts, which stay bf16 in the folder and
+become NF4 while it is loaded.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from qatlora.base.grids import layer_grid
 from qatlora.base.layout import Layout
 from qatlora.base.load import load_nf4_to_save, require_nf4
+from qatlora.base.names import weight_key
 from qatlora.base.record import STEPS_FILE, GridRecord
 from qatlora.base.source import Source
-from qatlora.base.stores import Nf4Store, dequantized_nf4
+from qatlora.base.stores import dequantized_nf4
 from qatlora.config import BuildConfig
 from qatlora.errors import ExportError
 from qatlora.export.census import Census
@@ -58,12 +60,11 @@ def build_nf4(
         census.read(key, tensor)
         name = key.removesuffix(".weight")
         if name in layout.grid:
-            linear = model.get_submodule(name)
-            grid = layer_grid(source, name, linear, "nf4", device)
-            store = grid.store
-            stored = dequantized_nf4(store.weight) if isinstance(store, Nf4Store) else tensor
+            held = model.get_parameter(weight_key(name))
+            grid = layer_grid(source, name, held, "nf4", device)
+            stored = dequantized_nf4(held) if name in layout.nf4_modules else tensor
             census.built(name, grid, tensor.to(device), stored.to(device))
-            steps[f"{name}.steps"] = store.steps.cpu()
+            steps[f"{name}.steps"] = grid.steps.cpu()
         on_tensor(1)
     save_file(steps, folder / STEPS_FILE)
     record = census.record(source, layout, "nf4")
@@ -86,7 +87,7 @@ def check_nf4(
         ExportError: its logits are not finite.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=str(device)).eval()
-    require_nf4(model, layout.nf4, folder)
+    require_nf4(model, layout.nf4_modules, folder)
     inputs = tokenizer(settings.prompt, return_tensors="pt").to(device)
     logits: Tensor = model(**inputs).logits
     if not bool(logits.isfinite().all()):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qatlora.base.experts import matrices
 from qatlora.base.grids import LayerGrid
 from qatlora.base.layout import Layout
 from qatlora.base.record import QUANT_METHOD, GridRecord
@@ -64,6 +65,7 @@ def build_q4_0(
 
 def _packed(name: str, weight: Tensor, census: Census) -> Tensor:
     recovered = recover(weight)
-    grid = LayerGrid(Q4Store(recovered.blocks), int(recovered.on_grid.sum()))
+    stores = tuple(Q4Store(matrix) for matrix in matrices(recovered.blocks))
+    grid = LayerGrid(stores, int(recovered.on_grid.sum()))
     census.built(name, grid, weight, decode(recovered.blocks, weight.dtype))
     return pack(recovered.blocks).cpu()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from qatlora import files
 from qatlora.adapters.model import GridModel
+from qatlora.base.names import weight_key
 from qatlora.config import ExportConfig
 from qatlora.data.templates import exported_template, own_template
 from qatlora.errors import ExportError
@@ -32,7 +33,7 @@ class Candidate:
     Attributes:
         path: the file, in a hidden folder of the run folder.
         final_path: where `publish` would put it.
-        places: HF tensor name (with .weight) -> its name and row order in the file.
+        places: HF tensor name (`weight_key`) -> its name and row order in the file.
     """
 
     path: Path
@@ -90,7 +91,7 @@ def write_candidate(
     _stage_other_tensors(adapted, staging)
     packed = {}
     for name, blocks in adapted.deployed():
-        packed[f"{name}.weight"] = pack(blocks).cpu()
+        packed[weight_key(name)] = pack(blocks).cpu()
         on_tensor(1)
     save_file(packed, staging / "deployed.safetensors")
     path = hidden / target.name
@@ -123,7 +124,8 @@ def stage_other_files(adapted: GridModel, staging: Path) -> None:
 
 def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
     """Copy every tensor that is not deployed as Q4_0, one file at a time."""
-    source, grid, model = adapted.base.source, set(adapted.base.grid), adapted.base.model
+    source, model = adapted.base.source, adapted.base.model
+    deployed = set(map(weight_key, adapted.base.grid))
     # A stray lm_head.weight in a tied checkpoint would untie the exported model, and a tensor that
     # the model has no place for (Gemma 4's checkpoints may have k_proj in layers that share their
     # keys) would be written into the file.
@@ -134,7 +136,7 @@ def _stage_other_tensors(adapted: GridModel, staging: Path) -> None:
         with safe_open(shard, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 name = source.model_name(key)
-                if name in wanted and name.rsplit(".weight", 1)[0] not in grid:
+                if name in wanted and name not in deployed:
                     kept[key] = opened.get_tensor(key)
         if kept:
             save_file(kept, staging / f"model-{number:05d}-of-{len(shards):05d}.safetensors")

@@ -29,18 +29,19 @@ class Census:
         self._sources.add(key, tensor)
 
     def built(self, name: str, grid: LayerGrid, weight: Tensor, stored: Tensor) -> None:
-        """A module that was quantized.
+        """A weight that was quantized.
 
         Args:
-            name: of the module.
-            grid: its store, as the build will be loaded.
-            weight: [out, in] in the source.
-            stored: [out, in], what the build makes of it, in the source's dtype.
+            name: in the lists.
+            grid: its stores, as the build will be loaded.
+            weight: [..., in] in the source.
+            stored: [..., in], what the build makes of it, in the source's dtype.
         """
-        self._stores[name] = grid.store.digest()
-        self._blocks[name] = grid.store.steps.numel()
+        self._stores[name] = grid.digest()
+        self._blocks[name] = grid.num_blocks
         self._on_grid[name] = grid.num_on_grid
-        for rows, of_build in zip(weight.split(_TILE_ROWS), stored.split(_TILE_ROWS), strict=True):
+        tiles = (tensor.flatten(0, -2).split(_TILE_ROWS) for tensor in (weight, stored))
+        for rows, of_build in zip(*tiles, strict=True):
             self._squared_error += (rows.float() - of_build.float()).square().sum().item()
             self._squared_weight += rows.float().square().sum().item()
 

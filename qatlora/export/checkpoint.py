@@ -16,6 +16,7 @@ from torch import Tensor
 from qatlora import files
 from qatlora.adapters.deployed import deployed_weight
 from qatlora.adapters.model import GridLayer, GridModel
+from qatlora.base.names import weight_key
 from qatlora.base.source import Source
 from qatlora.errors import ExportError
 from qatlora.export.candidate import OnTensor, stage_other_files
@@ -100,7 +101,7 @@ def _with_deployed(
         for key in opened.keys():  # noqa: SIM118 - safe_open is no mapping
             called = source.model_name(key)
             name = called.removesuffix(".weight")
-            if name not in layers or name == called:
+            if name not in layers or called != weight_key(name):
                 tensors[key] = opened.get_tensor(key)
                 continue
             blocks = deployed_weight(layers[name])

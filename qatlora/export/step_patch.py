@@ -4,8 +4,8 @@ Such an adapter changes steps alone, by a low-rank factor, so the two files diff
 each block and in their metadata. The patch holds the factors as the export used them, in the row
 order of the GGUF, and the part of the header that differs:
 
-    NAME.up     float32 [out, r]
-    NAME.down   float32 [r, in / 32]       step' = fp16(step * (1 + up @ down))
+    NAME.up     float32 [out, r]           of experts [E, out, r]
+    NAME.down   float32 [r, in / 32]       and [E, r, in / 32]; step' = fp16(step * (1 + up @ down))
     header      uint8, bytes in place of the base's from `header_start` to `header_stop`
 
 Metadata: the format's and the grid's version, name and SHA-256 of both files. A base of another
@@ -29,7 +29,8 @@ from torch import Tensor
 from qatlora import files
 from qatlora.adapters.attach import AdaptedModel
 from qatlora.adapters.deployed import changed_steps, low_rank
-from qatlora.adapters.layer import GridAdapter
+from qatlora.adapters.layer import AdapterLayer
+from qatlora.base.names import is_stack, weight_key
 from qatlora.errors import ExportError
 from qatlora.grid import BLOCK_BYTES, GRID_VERSION
 from qatlora.grid.format import STEP_BYTES
@@ -43,10 +44,17 @@ _HEADER = "header"
 
 @dataclass(frozen=True)
 class StepFactors:
-    """Low-rank change of one tensor's steps: up [out, r], down [r, in / 32], float32."""
+    """Low-rank change of one tensor's steps: up [..., out, r], down [..., r, in / 32], float32."""
 
     up: Tensor
     down: Tensor
+
+    def change(self) -> Tensor:
+        """Their product [..., out, in / 32], of experts one by one, as in training."""
+        if self.up.ndim == 2:
+            return low_rank(self.up, self.down, 1.0)
+        pairs = zip(self.up, self.down, strict=True)
+        return torch.stack([low_rank(up, down, 1.0) for up, down in pairs])
 
 
 @dataclass(frozen=True)
@@ -81,19 +89,22 @@ def step_factors(
 
     Args:
         adapted: a model with adapters of kind steps.
-        places: HF tensor name (with .weight) -> its place in the GGUF.
+        places: HF tensor name (`weight_key`) -> its place in the GGUF.
     """
     for name, layer in adapted.layers():
-        if not isinstance(layer, GridAdapter):
+        if not isinstance(layer, AdapterLayer):
             continue
         up, down = layer.parameters_of("lora_steps_B"), layer.parameters_of("lora_steps_A")
         assert up is not None
         assert down is not None
-        place = places[f"{name}.weight"]
-        up = up.detach().cpu()
+        place = places[weight_key(name)]
+        up, down = up.detach().cpu(), down.detach().cpu()
         if place.row_order is not None:
             up = up[torch.as_tensor(place.row_order)]
-        yield place.gguf_name, StepFactors(up.contiguous(), down.detach().cpu().contiguous())
+        if is_stack(name):
+            num = layer.get_base_layer().num_matrices
+            up, down = up.unflatten(0, (num, -1)), down.unflatten(0, (num, -1))
+        yield place.gguf_name, StepFactors(up.contiguous(), down.contiguous())
 
 
 def write_patch(base: Path, result: Path, factors: dict[str, StepFactors], target: Path) -> None:
@@ -231,25 +242,20 @@ def _change_steps(gguf: GgufFile, tensors: Any, patch: Path) -> None:
         if tensor is None or not _fits(tensor, pair):
             raise _no_patch(patch, f"its factors do not fit the tensor {name}")
         stop = tensor.start + tensor.data.size
-        blocks = content[tensor.start : stop].reshape(len(pair.up), -1, BLOCK_BYTES)
+        blocks = content[tensor.start : stop].reshape(*pair.up.shape[:-1], -1, BLOCK_BYTES)
         stored = blocks[..., :STEP_BYTES].copy().view(np.float16).squeeze(-1)
-        steps = changed_steps(torch.from_numpy(stored), low_rank(pair.up, pair.down, 1.0))
+        steps = changed_steps(torch.from_numpy(stored), pair.change())
         blocks[..., :STEP_BYTES] = steps.unsqueeze(-1).numpy().view(np.uint8)
     content.flush()
 
 
 def _fits(tensor: GgufTensor, pair: StepFactors) -> bool:
-    rows, columns = len(pair.up), pair.down.shape[-1]
-    is_matrix = pair.up.ndim == pair.down.ndim == 2 and pair.up.shape[1] == len(pair.down)
-    return (
-        is_matrix
-        and tensor.type_name == "Q4_0"
-        and tensor.data.shape
-        == (
-            rows,
-            columns * BLOCK_BYTES,
-        )
-    )
+    if pair.up.ndim != pair.down.ndim or pair.up.ndim not in (2, 3):
+        return False
+    *experts, rank, columns = pair.down.shape
+    shape = (*pair.up.shape[:-1], columns * BLOCK_BYTES)
+    fits_file = tensor.type_name == "Q4_0" and tensor.data.shape == shape
+    return fits_file and (*pair.up.shape[:-2], pair.up.shape[-1]) == (*experts, rank)
 
 
 def _opened(patch: Path) -> Any:

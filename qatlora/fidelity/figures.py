@@ -32,7 +32,7 @@ def text_figures(scores: TokenScores, rows: Sequence[Row], window_tokens: int) -
         ratio_stderr=summary.against.ratio_stderr,
         kld=summary.kld,
         histogram=kld_histogram(scores.kld),
-        by_position=_by_position(scores.kld, _places(rows)[:, 1], window_tokens),
+        by_position=_by_position(scores.kld, scored_places(rows)[:, 1], window_tokens),
     )
 
 
@@ -66,7 +66,7 @@ def _in_context(
     kld, nll, reference_nll = scores.kld, scores.nll, scores.reference_nll
     assert kld is not None
     assert reference_nll is not None
-    row, position = _places(text.rows)[index].tolist()
+    row, position = scored_places(text.rows)[index].tolist()
     ids = text.rows[row].input_ids
 
     def words(tokens: Sequence[int]) -> str:
@@ -90,7 +90,7 @@ def _in_context(
     )
 
 
-def _places(rows: Sequence[Row]) -> Tensor:
+def scored_places(rows: Sequence[Row]) -> Tensor:
     """Row and position of each token, int64 [n, 2], in the order in which they are scored."""
     return torch.tensor(
         [

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qatlora.adapters.saved import load_adapter, read_identity
-from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
+from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
+from qatlora.base.names import weight_key
 from qatlora.base.others import deploy_others
 from qatlora.base.packed import packed_blocks
 from qatlora.base.plain import put_blocks, put_weight
 from qatlora.base.source import Source
-from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4
+from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4, quantized_nf4
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
 from qatlora.grid import Q4Blocks, decode, encode_reference, recover
-from qatlora.llamacpp.gguf_read import read_gguf
 
 BEFORE = ", before"
 """Behind the name of an adapter run: its base, as it was before training."""
@@ -80,8 +80,7 @@ def load_models(
         AdapterError: the adapter belongs to another base.
     """
     if isinstance(place, GgufModel):
-        config = config_from_gguf(read_gguf(place.path))
-        model = model_from_gguf(place.path, config, settings.dtype).to(settings.device)
+        model = model_from_gguf(place.path, place.config, settings.dtype).to(settings.device)
         yield LoadedModel("", model, place.path.stat().st_size)
     elif isinstance(place, AdapterRun):
         yield from _before_and_after(place, settings, tokenizer)
@@ -93,8 +92,8 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     source, layout = place.source, place.layout
     if place.storage == "nf4" or source.nf4_modules:
         model = load_nf4(source, layout, settings.device)
-        for name in layout.nf4:
-            put_weight(model, name, dequantized_nf4(model.get_submodule(name).weight))
+        for name in layout.nf4 if place.storage == "nf4" else layout.nf4_modules:
+            put_weight(model, name, _of_nf4(model.get_parameter(weight_key(name))))
         return model.to(settings.dtype) if settings.dtype == torch.float32 else model
     model = load_plain(source.folder, settings.device, settings.dtype)
     is_stored_so = place.storage == "q4_0" and bool(source.packed_modules)
@@ -105,11 +104,18 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     return model
 
 
+def _of_nf4(held: Tensor) -> Tensor:
+    """What NF4 makes of a weight; experts, which are loaded in bf16, are quantized here."""
+    if hasattr(held, "quant_state"):
+        return dequantized_nf4(held)
+    return torch.stack([dequantized_nf4(quantized_nf4(matrix)) for matrix in held])
+
+
 def _weight(source: Source, name: str, device: torch.device) -> Tensor:
     """The weight as it is stored; of a packed module decoded to float32, which holds it exactly."""
     if name in source.packed_modules:
         return decode(packed_blocks(source, name, device), torch.float32)
-    return source.tensor(f"{name}.weight").to(device)
+    return source.tensor(weight_key(name)).to(device)
 
 
 def _before_and_after(

@@ -6,13 +6,13 @@ bf16 values; everything else (the base's storages, builds, GGUF files, adapters)
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qatlora.adapters.saved import read_identity
-from qatlora.base.from_gguf import config_from_gguf
+from qatlora.base.from_gguf import config_from_gguf, require_fit
 from qatlora.base.layout import Layout, find_layout, plain_config
 from qatlora.base.load import load_tokenizer, require_storage
 from qatlora.base.source import Source, find_source
@@ -24,6 +24,7 @@ from qatlora.llamacpp.gguf_read import read_gguf
 from qatlora.model_spec import BASE, ModelSpec
 
 _GRID_KIND = {"q4_0_reference": "q4_0"}
+_STORED_AS = {"nf4": "NF4", "q4_0": "Q4_0 ours", "q4_0_reference": "Q4_0 reference"}
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file of any tensor types."""
+    """A GGUF file of any tensor types.
+
+    Attributes:
+        path: the file.
+        config: what it is loaded with here.
+        bos: the token that llama.cpp puts in front of a window of it; None for none.
+    """
 
     path: Path
+    config: PreTrainedConfig
+    bos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,15 @@ Place = Checkpoint | GgufModel | AdapterRun
 
 @dataclass(frozen=True)
 class Compared:
-    """A model by the name it has in tables, as it was typed, and where it is."""
+    """A model by the name it has in tables, as it was typed, and where it is.
+
+    `title` says what it is beside its reference, as rows of public model cards do.
+    """
 
     label: str
     text: str
     place: Place
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,12 @@ class Planner:
 
     Attributes:
         base: the run's base as it is stored.
+        base_name: what it is called in titles.
         tokenizer: the base's, whose ids all models are given.
     """
 
     base: Checkpoint
+    base_name: str
     tokenizer: PreTrainedTokenizerBase
 
     def comparisons(
@@ -97,24 +112,29 @@ class Planner:
         for spec in models:
             found = self._find(spec, spec.label if counts[spec.label] == 1 else spec.text)
             against = named or self._own_reference(found, spec)
+            found = replace(found, title=self._title(found, spec, against))
             groups.setdefault(against.text, Comparison(against, [])).models.append(found)
         return list(groups.values())
 
     def _find(self, spec: ModelSpec, label: str) -> Compared:
         place = self._place(spec)
-        if isinstance(place, GgufModel):
-            self._require_same_words_gguf(place.path)
-        elif isinstance(place, Checkpoint):
+        if isinstance(place, Checkpoint):
             if spec.storage is not None:
                 require_storage(place.source, _GRID_KIND.get(spec.storage, spec.storage))
             self._require_same_words(place.source)
         return Compared(label, spec.text, place)
 
+    def _title(self, found: Compared, spec: ModelSpec, reference: Compared) -> str:
+        if spec.storage not in _STORED_AS:
+            return f"{reference.label} → {found.label}"
+        origin = self.base_name if spec.kind == BASE else found.label.rpartition("@")[0]
+        return f"{origin} → {_STORED_AS[spec.storage]}"
+
     def _place(self, spec: ModelSpec) -> Place:
         if spec.kind == BASE:
             return Checkpoint(self.base.source, self.base.layout, spec.storage)
         if spec.kind == "gguf":
-            return GgufModel(Path(spec.place))
+            return self._gguf(Path(spec.place))
         if spec.kind == "adapter":
             read_identity(Path(spec.place))
             return AdapterRun(Path(spec.place), self.base)
@@ -123,6 +143,16 @@ class Planner:
         settle_base(settings)  # an embedded base is unpacked with its template
         source = find_source(settings, chosen_template(settings.chat_template))
         return Checkpoint(source, find_layout(source, settings), spec.storage)
+
+    def _gguf(self, path: Path) -> GgufModel:
+        gguf = read_gguf(path)
+        config = config_from_gguf(gguf, plain_config(self.base.source.folder))
+        require_fit(gguf, config)
+        words = {word: number for number, word in enumerate(gguf.require("tokenizer.ggml.tokens"))}
+        self._compare_words(words, gguf.tensors["token_embd.weight"].shape[0], path)
+        adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", False)
+        bos = gguf.metadata.get("tokenizer.ggml.bos_token_id") if adds_bos else None
+        return GgufModel(path, config, bos)
 
     def _own_reference(self, found: Compared, spec: ModelSpec) -> Compared:
         place = found.place
@@ -144,12 +174,6 @@ class Planner:
             return
         num_rows = _num_rows(source)
         self._compare_words(load_tokenizer(source.folder).get_vocab(), num_rows, source.folder)
-
-    def _require_same_words_gguf(self, path: Path) -> None:
-        gguf = read_gguf(path)
-        config_from_gguf(gguf)  # refuses architectures that cannot be loaded
-        words = {word: number for number, word in enumerate(gguf.require("tokenizer.ggml.tokens"))}
-        self._compare_words(words, gguf.tensors["token_embd.weight"].shape[0], path)
 
     def _compare_words(self, words: Mapping[str, int], num_rows: int, where: Path) -> None:
         """The same id must be the same word, and the logits must be as many."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qatlora.base.names import weight_key
 from qatlora.config import GuardConfig
 from qatlora.errors import ExportError
 from qatlora.export.candidate import Candidate
@@ -37,7 +38,7 @@ def identity_gate(
     first_difference = ""
     for name, blocks in deployed:
         expected = pack(blocks).cpu()
-        stored = stored_rows(opened, candidate.places[f"{name}.weight"], expected.shape)
+        stored = stored_rows(opened, candidate.places[weight_key(name)], expected.shape)
         differing = (expected != stored).unflatten(-1, (-1, BLOCK_BYTES)).any(-1)
         count = int(differing.sum())
         if recorded.get(name) != digest(blocks):
@@ -75,6 +76,6 @@ def stored_rows(opened: GgufFile, place: TensorPlace, shape: torch.Size) -> Tens
     rows = torch.from_numpy(tensor.data.copy()).reshape(shape)
     if place.row_order is None:
         return rows
-    restored = torch.empty_like(rows)
-    restored[torch.as_tensor(place.row_order)] = rows
-    return restored
+    restored = torch.empty_like(rows).flatten(0, -2)
+    restored[torch.as_tensor(place.row_order)] = rows.flatten(0, -2)
+    return restored.reshape(shape)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qatlora.base.names import weight_key
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
 from qatlora.grid import detect
@@ -80,7 +81,7 @@ def compare_checkpoints(
         device: where the arithmetic runs.
         on_tensor: called with 1 after each tensor of `after`.
     """
-    on_grid_names = {f"{name}.weight" for name in trained}
+    on_grid_names = set(map(weight_key, trained))
     edits, stray = [], []
     for name in sorted(after.files):
         if name in before.files:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qatlora.base.grids import ON_GRID_SHARE
+from qatlora.base.names import weight_key
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError, GridError
 from qatlora.grid import BLOCK_SIZE, Q4Blocks, decode, encode_reference, recover
@@ -86,12 +87,12 @@ def require_weights(source: Source, names: Iterable[str]) -> None:
         CheckpointError: an NF4 build, or a weight is missing.
     """
     refuse_builds(source)
-    missing = [name for name in names if f"{name}.weight" not in source.files]
+    missing = [name for name in names if weight_key(name) not in source.files]
     if missing:
         raise CheckpointError(
-            f"{source.folder} has no tensor '{missing[0]}.weight', nor {len(missing) - 1} others "
-            "that its config.json calls for. The folder is incomplete, or stored in a packed form "
-            "(GPTQ, AWQ): give the bf16 checkpoint."
+            f"{source.folder} has no tensor '{weight_key(missing[0])}', nor {len(missing) - 1} "
+            "others that its config.json calls for. The folder is incomplete, or stored in a "
+            "packed form (GPTQ, AWQ): give the bf16 checkpoint."
         )
 
 
@@ -115,7 +116,7 @@ def inspect_checkpoint(
     """
     whole, tensors, types = _Sums(), [], Counter[str]()
     for name in names:
-        weight = source.tensor(f"{name}.weight")
+        weight = source.tensor(weight_key(name))
         sums = _sums_of(name, weight, device)
         whole.add(sums)
         tensors.append(_inspection(name, sums))

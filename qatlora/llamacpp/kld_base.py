@@ -59,12 +59,17 @@ class KldBase:
 
     def log_probs(self) -> Iterator[Floats]:
         """Yield the base's log-probabilities as float32 [r, V], r rows at a time, R in all."""
-        row_codes = _row_codes(self.vocab_size)
+        row_codes, row_bytes = _row_codes(self.vocab_size), bytes_per_token(self.vocab_size)
         with self.path.open("rb") as file:
             file.seek(_HEADER.size + self.tokens.nbytes)
             for count in _parts(len(self.targets)):
-                raw = np.frombuffer(file.read(count * row_codes * 2), dtype="<u2")
+                raw = np.frombuffer(file.read(count * row_bytes), dtype="<u2")
                 yield _decode(raw.reshape(count, row_codes), self.vocab_size)
+
+
+def bytes_per_token(vocab_size: int) -> int:
+    """Size of a base file per scored token."""
+    return 2 * _row_codes(vocab_size)
 
 
 def first_scored(window_tokens: int) -> int:
@@ -119,7 +124,7 @@ def read_base(path: Path) -> KldBase:
         _, window, vocab_size, num_chunks = _HEADER.unpack(head)
         content = file.read(4 * window * num_chunks)
     num_rows = num_chunks * (window - first_scored(window))
-    expected = _HEADER.size + 4 * window * num_chunks + 2 * num_rows * _row_codes(vocab_size)
+    expected = _HEADER.size + 4 * window * num_chunks + num_rows * bytes_per_token(vocab_size)
     if (found := path.stat().st_size) != expected:
         raise DataError(
             f"{path} has {found} bytes and its head announces {expected}: it was cut off. Write it "

@@ -24,16 +24,19 @@ _LINE = re.compile(
 _LAST_LINE = re.compile(r"^Same top p: .*%", re.MULTILINE)
 
 
-def perplexity(gguf: Path, text: Path, window: int, max_windows: int) -> tuple[float, float]:
+def perplexity(
+    gguf: Path, text: Path, window: int, max_windows: int, options: tuple[str, ...] = ()
+) -> tuple[float, float]:
     """Perplexity and its standard error on a text file.
 
-    Of each window of `window` tokens the second half is scored.
+    Of each window of `window` tokens the second half is scored; `options` are further flags.
 
     Raises:
         ToolError: the program is missing or failed, or the text is too short.
     """
-    options = ["-m", str(gguf), "-f", str(text), "-c", str(window), "--chunks", str(max_windows)]
-    output = run_until("llama-perplexity", options, _TIMEOUT_SECONDS, _ESTIMATE)
+    files = ["-m", str(gguf), "-f", str(text)]
+    arguments = [*files, "-c", str(window), "--chunks", str(max_windows), *options]
+    output = run_until("llama-perplexity", arguments, _TIMEOUT_SECONDS, _ESTIMATE)
     match = _ESTIMATE.search(output)
     if match is None:
         raise ToolError(

@@ -60,6 +60,21 @@ def find_tool(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def require_tool(name: str) -> Path:
+    """Path of a program.
+
+    Raises:
+        ToolError: it is not there.
+    """
+    path = find_tool(name)
+    if path is None:
+        raise ToolError(
+            f"{name} is not there: build llama.cpp's tools with `{INSTALL}`, or set "
+            f"{TOOLS_VARIABLE} to a folder that has it."
+        )
+    return path
+
+
 def install() -> Path:
     """Build the five programs with cmake (about 7 minutes on two cores); returns their folder.
 
@@ -189,12 +204,7 @@ def run_tool(
     Raises:
         ToolError: the program is missing, failed, or took longer than `timeout` seconds.
     """
-    path = find_tool(name)
-    if path is None:
-        raise ToolError(
-            f"{name} is not there: build llama.cpp's tools with `{INSTALL}`, or set "
-            f"{TOOLS_VARIABLE} to a folder that has it."
-        )
+    path = require_tool(name)
     try:
         run = subprocess.run(
             [str(path), *arguments],

@@ -43,7 +43,7 @@ class Job:
         teacher: none, cache or memory.
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
-        loads_dense: whether the base comes from a dense folder (else from a build, or to NF4).
+        loads_dense: whether the base comes from a dense folder (else from a packed build).
         on_host: whether the device is the host itself. It maps the dense folder, so that only the
             tensor at work is in memory; but the base stays there beside the model that is read
             back, where it would else have moved away for it.
@@ -158,13 +158,20 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         workspace=workspace,
         held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
         read_back=dense_text if job.holds_weights else packed_text,
-        dense=num_weights(coded) * BF16_BYTES if job.loads_dense and not job.on_host else 0.0,
+        dense=0.0 if job.on_host else _dense_weights(shape, job) * BF16_BYTES,
         base_stays=job.holds_weights or job.on_host,
     )
     if job.trains:
         return result
     course = ("gradients", "optimizer", "activations", "blocks", "loss")
     return dataclasses.replace(result, **dict.fromkeys(course, 0.0))
+
+
+def _dense_weights(shape: ModelShape, job: Job) -> int:
+    """Those that are in bf16 before they are packed; linears become NF4 while they are loaded."""
+    if job.storage == "nf4":
+        return shape.num_expert_weights
+    return shape.num_grid_weights if job.loads_dense else 0
 
 
 def _course(shape: ModelShape, job: Job) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """Everything about an architecture that memory depends on, counted on the meta device."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from qatlora.base.architectures import matching_linears, tensor_lists
+from qatlora.base.architectures import matching_weights, tensor_lists
+from qatlora.base.names import is_stack, weight_key
 from qatlora.grid import BLOCK_SIZE
 from qatlora.plan.trace import KeptPerToken, kept_per_token
 
@@ -19,7 +22,8 @@ class ModelShape:
         num_parameters: of the whole checkpoint, tied ones once.
         num_text_parameters: of the text decoder and lm_head alone, which is what a GGUF holds.
         num_embeddings: of them the input embeddings, per-layer ones included.
-        grid: [out, in] of the modules that are Q4_0 in the GGUF.
+        num_expert_weights: those of experts, which are loaded in bf16 before they become NF4.
+        grid: [out, in] of the matrices that are Q4_0 in the GGUF; of each expert's, too.
         nf4: [out, in] of those that storage=nf4 keeps as NF4.
         trained: [out, in] of those that get an adapter.
         vocab_size: words of lm_head.
@@ -30,6 +34,7 @@ class ModelShape:
     num_parameters: int
     num_text_parameters: int
     num_embeddings: int
+    num_expert_weights: int
     grid: tuple[tuple[int, int], ...]
     nf4: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int], ...]
@@ -68,22 +73,29 @@ def model_shape(config: PreTrainedConfig, trained: list[str] | None = None) -> M
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lists = tensor_lists(config.model_type, trained)
     names = {
-        key: matching_linears(skeleton, pattern)
+        key: matching_weights(skeleton, pattern)
         for key, pattern in (("grid", lists.q4_0), ("nf4", lists.nf4), ("trained", lists.trained))
     }
-    sizes = {
-        key: tuple(tuple(skeleton.get_submodule(name).weight.shape) for name in found)
-        for key, found in names.items()
-    }
+    sizes = {key: tuple(_matrices(skeleton, found)) for key, found in names.items()}
     decoder, head = skeleton.get_decoder(), skeleton.get_output_embeddings().weight
     text = {id(parameter): parameter.numel() for parameter in [*decoder.parameters(), head]}
     embeddings = (module for module in decoder.modules() if isinstance(module, nn.Embedding))
     return ModelShape(
         num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         num_text_parameters=sum(text.values()),
+        num_expert_weights=sum(
+            parameter.numel() for name, parameter in skeleton.named_parameters() if is_stack(name)
+        ),
         num_embeddings=sum(module.weight.numel() for module in embeddings),
         vocab_size=head.shape[0],
         hidden_size=head.shape[1],
         kept=kept_per_token(skeleton, names["trained"]),  # uses the skeleton up
         **sizes,
     )
+
+
+def _matrices(skeleton: nn.Module, names: list[str]) -> Iterator[tuple[int, int]]:
+    """[out, in] of each linear, and of each expert of a stack."""
+    for name in names:
+        *stacked, out, width = skeleton.get_parameter(weight_key(name)).shape
+        yield from [(out, width)] * math.prod(stacked)

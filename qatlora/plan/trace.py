@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from qatlora.base.architectures import weight_names
+from qatlora.base.names import is_stack
+
 _ATTENTION = "traced"
 _TRACED_TOKENS = 128
 
@@ -43,22 +46,44 @@ class KeptPerToken:
 
 
 class _TracedLinear(nn.Module):
-    """Stands in for a trained linear."""
+    """Stands in for a linear on the grid, which keeps its input only if it is trained."""
 
-    def __init__(self, out_features: int) -> None:
+    def __init__(self, out_features: int, *, trained: bool = True) -> None:
         super().__init__()
-        self.out_features = out_features
+        self.out_features, self.trained = out_features, trained
         self.parameter = nn.Parameter(torch.empty(1, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _KeepsInput.apply(x, self.parameter, self.out_features)  # type: ignore[no-any-return]
+        return _KeepsInput.apply(  # type: ignore[no-any-return]
+            x, self.parameter, self.out_features, self.trained
+        )
 
 
 class _KeepsInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, out_features: int) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, out_features: int, keeps: bool) -> Tensor:
+        if keeps:
+            ctx.save_for_backward(x)
         return x.new_empty(*x.shape[:-1], out_features)
+
+
+class _TracedExperts(nn.Module):
+    """Stands in for `RoutedExperts`: as many rows as it has, whichever expert each goes to."""
+
+    def __init__(self, name: str, experts: nn.Module, trained: Collection[str]) -> None:
+        super().__init__()
+        self.act_fn = experts.act_fn
+        for projection, weight in experts.named_parameters(recurse=False):
+            is_trained = f"{name}.{projection}" in trained
+            setattr(
+                self, f"traced_{projection}", _TracedLinear(weight.shape[1], trained=is_trained)
+            )
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)
+        gate, up = self.traced_gate_up_proj(rows).chunk(2, dim=-1)
+        share = self.traced_down_proj(self.act_fn(gate) * up) * top_k_weights.reshape(-1, 1)
+        return share.unflatten(0, (len(hidden), -1)).sum(1).to(hidden.dtype)
 
 
 class _KeepsAttention(torch.autograd.Function):
@@ -83,13 +108,17 @@ def kept_per_token(skeleton: PreTrainedModel, trained: Collection[str]) -> KeptP
     """Run one row through the decoder of a model on the meta device; the model is used up.
 
     Args:
-        skeleton: on the meta device, in bf16; its trained linears are replaced.
+        skeleton: on the meta device, in bf16; its trained weights are replaced.
         trained: their names.
     """
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
     skeleton.requires_grad_(False)
-    for name in trained:
+    stacks = [name for name in weight_names(skeleton) if is_stack(name)]
+    for name in {name.rpartition(".")[0] for name in stacks}:
+        traced = _TracedExperts(name, skeleton.get_submodule(name), trained)
+        skeleton.set_submodule(name, traced)
+    for name in (name for name in trained if not is_stack(name)):
         skeleton.set_submodule(name, _TracedLinear(skeleton.get_submodule(name).out_features))
     skeleton.set_attn_implementation(_ATTENTION)
     decoder = skeleton.train().get_decoder()

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from qatlora.report.escape import code_span, inline
+from qatlora.report.fidelity_text import card_table
 from qatlora.report.formatting import format_bytes, format_share
 from qatlora.report.results import RunReport
+from qatlora.report.results_fidelity import FidelityResult
 
 _MADE_WITH = {"q4_0": ("torch",), "nf4": ("torch", "transformers", "bitsandbytes")}
 
@@ -18,6 +20,9 @@ def build_sections(report: RunReport) -> Iterator[str]:
     yield what.format(name=inline(base.name))
     yield "## How it was made"
     yield _figures(report)
+    if report.fidelity is not None:
+        yield "## Fidelity"
+        yield from _fidelity(report.fidelity)
     if build.continuation is not None:
         yield "## A look at it"
         yield f"Loaded by plain transformers, greedily, after {code_span(build.prompt or '')}:"
@@ -44,6 +49,19 @@ def _figures(report: RunReport) -> str:
     }
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     return f"| | |\n|---|---|\n{table}"
+
+
+def _fidelity(result: FidelityResult) -> Iterator[str]:
+    tokens = {name: text.tokens for name, text in result.models[0].texts.items()}
+    counts = " and ".join(f"{count:,} of {inline(name)}" for name, count in tokens.items())
+    yield card_table(result)
+    yield (
+        "KL(bf16 || build) over the whole vocabulary in nats per token, each checkpoint against "
+        f"its own bf16 weights, on one forward in {result.precision}; scored tokens: {counts}, in "
+        f"windows of {result.window_tokens} that begin with BOS where the tokenizer has one. "
+        "`Q4_0 ours` are the steps that qatlora searches or recovers, `Q4_0 reference` is "
+        "llama.cpp's rule."
+    )
 
 
 def _quoted(text: str) -> str:

@@ -14,6 +14,8 @@ from qatlora.report.escape import visible
 from qatlora.report.fidelity_text import CONSOLE_HEADER, console_cells
 from qatlora.report.formatting import format_bytes, format_figure, format_seconds
 from qatlora.report.inspect_text import KIND_HEADER, kind_rows
+from qatlora.report.llama_cpp_text import CONSOLE_HEADER as LLAMA_CPP_HEADER
+from qatlora.report.llama_cpp_text import short_cells
 from qatlora.report.plan_text import fit_cells, part_cells
 from qatlora.report.preview_text import (
     LENGTH_HEADER,
@@ -59,6 +61,8 @@ def to_console(report: RunReport) -> RenderableType:
     if report.fidelity:
         cells = console_cells(report.fidelity)
         parts.append(plain_table("KLD to the reference", CONSOLE_HEADER, cells, num_left=2))
+        if rows := short_cells(report.fidelity):
+            parts.append(plain_table("in llama.cpp", LLAMA_CPP_HEADER, rows, num_left=3))
     if report.guard and report.guard.gates:
         parts.append(_gate_table(report.guard))
     if report.runtime:

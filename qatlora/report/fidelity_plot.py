@@ -61,7 +61,7 @@ def position_figure(result: FidelityResult | None) -> Figure | None:
         for model, (color, line) in zip(result.models, _styles(), strict=False):
             _draw_course(axis, model, text, color, line)
         axis.set(title=text, xlabel="position in the window, tokens")
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # last: it ends the scaling of all panels
     axes[0].set_ylabel("mean KLD, nats per token")
     _legend(axes[-1])
     return figure
@@ -100,8 +100,13 @@ def _first_loss(result: FidelityResult, edges: Sequence[float]) -> float:
 
 
 def _styles() -> list[tuple[str, str]]:
-    """Colours first, then line styles as well: enough for a few dozen models."""
-    return [(color, line) for line in _LINES for color in _COLORS]
+    """Neighbours differ in both, so that equal curves are seen; enough for a few dozen models."""
+    shifts = range(len(_LINES))
+    return [
+        (color, _LINES[(number + shift) % len(_LINES)])
+        for shift in shifts
+        for number, color in enumerate(_COLORS)
+    ]
 
 
 def _legend(axis: Axes) -> None:

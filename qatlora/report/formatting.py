@@ -25,6 +25,12 @@ def format_figure(value: float | None, *, decimals: bool = False) -> str:
     return f"{value:#.4g}".rstrip(".") if decimals else f"{value:.4g}"
 
 
+def format_with_error(value: float, error: float) -> str:
+    """A measured figure and its standard error, the latter to one digit: 126.7 ± 12."""
+    spread = f"{error:.0f}" if error >= 1 else f"{error:.1g}"
+    return f"{format_figure(value, decimals=True)} ± {spread}"
+
+
 def format_share(share: float | None) -> str:
     """Percent with two decimals; 0 % and 100 % only for the exact 0 and 1."""
     if share is None:

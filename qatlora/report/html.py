@@ -10,19 +10,26 @@ from collections.abc import Mapping, Sequence
 from qatlora.report.escape import visible
 from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
 from qatlora.report.fidelity_text import (
+    CHANGE_HEADER,
     LEGEND,
     STATISTICS_HEADER,
-    WORST_HEADER,
-    before_after,
+    advice,
+    candidates,
     card_cells,
+    change_cells,
     headlines,
     self_klds,
     statistics_cells,
-    worst_cells,
 )
-from qatlora.report.formatting import format_bytes, format_figure
+from qatlora.report.formatting import format_bytes, format_figure, format_with_error
+from qatlora.report.llama_cpp_text import caption, judged, line_cells
 from qatlora.report.results import RunReport
-from qatlora.report.results_fidelity import FidelityModel, FidelityResult
+from qatlora.report.results_fidelity import (
+    FidelityModel,
+    FidelityReference,
+    FidelityResult,
+    WorstToken,
+)
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2em auto; max-width: 76em;
@@ -33,11 +40,13 @@ th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; 
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 td.l, th.l { text-align: left; }
 .wide { overflow-x: auto; font-size: .88em; } .wide td { white-space: nowrap; }
-.wide td.words { white-space: normal; min-width: 24em; }
+.wide td.words { white-space: pre-wrap; min-width: 24em; max-width: 44em; }
 .verdict { font-size: 1.1em; font-weight: 600; border-left: 4px solid #0072b2; padding-left: .8em; }
 .bar { background: #0072b2; height: .8em; display: inline-block; border-radius: 2px; }
 .first .bar { background: #009e73; } .first td { font-weight: 600; }
-.note { color: #555; } img { max-width: 100%; } summary { cursor: pointer; margin: .4em 0; }
+mark { background: #ffe9a8; padding: 0 .15em; border-radius: 2px; white-space: pre-wrap; }
+h3 { font-size: 1em; } .note { color: #555; } img { max-width: 100%; }
+summary { cursor: pointer; margin: .4em 0; }
 """
 _MAX_BAR_EM = 22.0
 
@@ -54,13 +63,14 @@ def to_html(report: RunReport, plots: Mapping[str, bytes]) -> str:
     title = f"{report.recipe} on {report.base.name}"
     sections = [
         ("", _verdict(result)),
-        ("Which build is nearest", _ranking(result)),
+        ("Which build to ship", "".join(_ranking(result, each) for each in result.references)),
         ("Median and mean KLD", _table(*card_cells(result), num_left=1)),
         ("Distribution of the KLD per token", _image(plots, DISTRIBUTION_PLOT)),
         ("KLD by position in the window", _image(plots, POSITION_PLOT)),
         ("All statistics", f'<p class="note">{_text(LEGEND)}</p>{_statistics(result)}'),
-        ("Before and after training", _paragraphs(list(before_after(result)))),
-        ("Worst tokens", "".join(_worst(model) for model in result.models if model.worst)),
+        ("In llama.cpp", _llama_cpp(result)),
+        ("Before and after training", _changes(result)),
+        ("Worst tokens, in their context", _worst_of_all(result)),
         ("How it was measured", _how(report, result)),
     ]
     body = [f"<h1>{_text(title)}</h1>"]
@@ -80,36 +90,74 @@ def _verdict(result: FidelityResult) -> str:
     return "".join(f'<p class="verdict">{_text(line)}</p>' for line in headlines(result))
 
 
-def _ranking(result: FidelityResult) -> str:
-    """A bar per model, nearest first, its length the mean KLD over the texts."""
+def _ranking(result: FidelityResult, reference: FidelityReference) -> str:
+    """A bar per model, nearest first, its length the mean KLD over the texts, and what it means."""
     longest = max((model.mean_kld for model in result.models), default=0.0) or 1.0
-    parts = []
-    for reference in result.references:
-        rows = []
-        for number, model in enumerate(result.ranked(reference.name)):
-            width = _MAX_BAR_EM * model.mean_kld / longest
-            cells = [_text(model.name), _text(format_bytes(model.bytes))]
-            mean = f"{format_figure(model.mean_kld, decimals=True)} ± {model.mean_kld_stderr:.1g}"
-            rows.append(
-                f'<tr{" class=first" if number == 0 else ""}><td class="l">{cells[0]}</td>'
-                f'<td>{cells[1]}</td><td>{_text(mean)}</td><td class="l">'
-                f'<span class="bar" style="width:{width:.2f}em"></span></td></tr>'
-            )
-        parts.append(
-            f'<table><tr><th class="l">against {_text(reference.name)}</th><th>size</th>'
-            f"<th>mean KLD over the texts</th><th></th></tr>{''.join(rows)}</table>"
+    ranked = candidates(result, reference)
+    rows = []
+    for model in result.ranked(reference.name):
+        width = _MAX_BAR_EM * model.mean_kld / longest
+        mean = format_with_error(model.mean_kld, model.mean_kld_stderr)
+        best = ' class="first"' if ranked[:1] == [model] else ""
+        rows.append(
+            f'<tr{best}><td class="l">{_text(model.name)}</td><td>{format_bytes(model.bytes)}</td>'
+            f'<td>{mean}</td><td class="l"><span class="bar" style="width:{width:.2f}em"></span>'
+            f'</td><td class="l">{_text(advice(model, ranked))}</td></tr>'
         )
-    return "".join(parts)
+    return (
+        f'<table><tr><th class="l">against {_text(reference.name)}</th><th>size</th>'
+        f'<th>mean KLD over the texts</th><th></th><th class="l"></th></tr>{"".join(rows)}</table>'
+    )
 
 
 def _statistics(result: FidelityResult) -> str:
     return _table(STATISTICS_HEADER, statistics_cells(result), num_left=2)
 
 
-def _worst(model: FidelityModel) -> str:
-    rows = [worst_cells(each) for each in model.worst]
-    content = _table(WORST_HEADER, rows, num_left=len(WORST_HEADER), words=(2,))
-    return f"<details open><summary>{_text(model.name)}</summary>{content}</details>"
+def _llama_cpp(result: FidelityResult) -> str:
+    models = judged(result)
+    note = f'<p class="note">{_text(caption(result))}</p>' if models else ""
+    return note + "".join(
+        f"<h3>{_text(model.name)}</h3>{_table(*line_cells(model), num_left=1)}" for model in models
+    )
+
+
+def _changes(result: FidelityResult) -> str:
+    rows = change_cells(result)
+    return _table(CHANGE_HEADER, rows, num_left=2) if rows else ""
+
+
+def _worst_of_all(result: FidelityResult) -> str:
+    """A folding table per model; the first is open."""
+    models = [model for model in result.models if model.worst]
+    return "".join(_worst(model, number == 0) for number, model in enumerate(models))
+
+
+def _worst(model: FidelityModel, is_open: bool) -> str:
+    names = ("KLD", "text", "context", "P reference", "P model", "reference says", "model says")
+    head = "".join(f'<th class="l">{name}</th>' for name in names)
+    body = "".join(f"<tr>{_worst_row(each)}</tr>" for each in model.worst)
+    opened = " open" if is_open else ""
+    return (
+        f"<details{opened}><summary>{_text(model.name)}</summary>"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div></details>'
+    )
+
+
+def _worst_row(worst: WorstToken) -> str:
+    """The token is marked behind what stands before it; line breaks are seen."""
+    before, token, *tops = (
+        _text(text).replace("\n", "⏎")
+        for text in (worst.before, worst.token, worst.reference_top, worst.model_top)
+    )
+    figures = (worst.kld, worst.reference_probability, worst.probability)
+    kld, reference, model = (format_figure(value, decimals=True) for value in figures)
+    place = f"{_text(worst.text)} {worst.row}:{worst.position}"
+    context = f"{before}<mark>{token}</mark>"
+    marked = (f"<mark>{top}</mark>" for top in tops)
+    cells = [kld, place, reference, model, *marked]
+    cells = [f'<td class="l">{cell}</td>' for cell in cells]
+    return "".join([*cells[:2], f'<td class="l words">{context}</td>', *cells[2:]])
 
 
 def _how(report: RunReport, result: FidelityResult) -> str:
@@ -126,16 +174,9 @@ def _how(report: RunReport, result: FidelityResult) -> str:
     return _paragraphs(lines)
 
 
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    num_left: int,
-    words: Sequence[int] = (),
-) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> str:
     def kind(column: int) -> str:
-        names = ["l"] * (column < num_left) + ["words"] * (column in words)
-        return f' class="{" ".join(names)}"' if names else ""
+        return ' class="l"' if column < num_left else ""
 
     head = "".join(f"<th{kind(i)}>{_text(name)}</th>" for i, name in enumerate(header))
     lines = [

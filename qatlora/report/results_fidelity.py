@@ -1,7 +1,7 @@
 """What the recipe `fidelity` leaves; a part of `qatlora.report.results`, with the same rules."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,47 @@ class WorstToken:
 
 
 @dataclass(frozen=True)
+class LlamaCppLine:
+    """A line of llama-perplexity --kl-divergence and the same figure of ours; `label` as printed.
+
+    Units are the program's: nats, and percent for Δp, same top and correlation. An error is None
+    where the program prints none.
+    """
+
+    label: str
+    ours: float
+    ours_error: float | None
+    llama_cpp: float
+    llama_cpp_error: float | None
+
+
+@dataclass(frozen=True)
+class LlamaCppText:
+    """A GGUF in llama.cpp on full `windows` of a text, `tokens` of them scored."""
+
+    windows: int
+    tokens: int
+    lines: list[LlamaCppLine]
+
+
+@dataclass(frozen=True)
 class FidelityModel:
-    """A model against its reference; `before` names the row of an adapter run's untrained base."""
+    """A model against its reference.
+
+    `title` says what it is as public model cards do: checkpoint → what it was stored as. `before`
+    names the row of an adapter run's untrained base; `llama_cpp` holds, by text, what a GGUF is in
+    llama.cpp.
+    """
 
     name: str
+    title: str
     given: str
     reference: str
     bytes: int
     texts: dict[str, FidelityText]
     worst: list[WorstToken]
     before: str | None = None
+    llama_cpp: dict[str, LlamaCppText] = field(default_factory=dict)
 
     @property
     def mean_kld(self) -> float:

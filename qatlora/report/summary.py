@@ -49,7 +49,8 @@ def verdict(report: RunReport) -> Verdict:
     if report.preview is not None:
         return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:
-        return Verdict(f"{_BUILT[report.build.storage]} built.", None, [])
+        reasons = headlines(report.fidelity) if report.fidelity else []
+        return Verdict(f"{_BUILT[report.build.storage]} built.", None, reasons)
     if report.teacher_cache is not None:
         return Verdict("Teacher cache written.", None, [])
     if report.fidelity is not None:

@@ -9,6 +9,7 @@ from qatlora import progress
 from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_base, load_tokenizer
+from qatlora.base.names import is_stack
 from qatlora.base.on_grid import on_grid_share, rounded_folder
 from qatlora.base.others import deploy_others
 from qatlora.base.source import find_source
@@ -22,6 +23,7 @@ from qatlora.config import BaseConfig, BenchmarkSuite, Storage, StorageConfig
 from qatlora.data.domain import DomainSettings, load_domain
 from qatlora.data.rows import Batches, Row
 from qatlora.data.templates import chosen_template
+from qatlora.errors import ConfigError
 from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.report.json_report import plain
@@ -35,6 +37,20 @@ def benchmark(state: Run) -> None:
         _speed(state)
     else:
         _adapters(state)
+
+
+def check_benchmark(state: Run) -> None:
+    """Check that PEFT's own LoRA, the baseline, goes on every trained weight.
+
+    Raises:
+        ConfigError: experts are among them.
+    """
+    if any(map(is_stack, state.layout.trained)):
+        raise ConfigError(
+            f"{state.source.name} is a mixture of experts, and the baselines of the benchmark are "
+            "PEFT's own LoRA on linears alone. Leave the experts out: "
+            "\"base.trained=['model.language_model.layers.[0-9]+.(self_attn|mlp).*']\"."
+        )
 
 
 def _speed(state: Run) -> None:

@@ -72,8 +72,17 @@ def build(state: Run) -> None:
             on_grid_share=record.on_grid_share,
             digest=record.base_digest,
         )
-        files.write_text(folder / CARD, model_card(report_of(state)))
+        _write_card(state, folder)
         files.write_sums(folder)
+
+
+def write_card_again(state: Run) -> None:
+    """Write the finished folder's card with what has been measured since."""
+    _write_card(state, _target(state))
+
+
+def _write_card(state: Run, folder: Path) -> None:
+    files.write_text(folder / CARD, model_card(report_of(state)))
 
 
 def _target(state: Run) -> Path:
@@ -83,7 +92,7 @@ def _target(state: Run) -> Path:
 
 
 def _result(state: Run, record: GridRecord, folder: Path, continuation: str | None) -> BuildResult:
-    quantized = state.layout.grid if record.storage == "q4_0" else state.layout.nf4
+    quantized = state.layout.grid if record.storage == "q4_0" else state.layout.nf4_modules
     kinds = [name.rpartition(".")[2] for name in quantized]
     return BuildResult(
         path=str(_target(state)),

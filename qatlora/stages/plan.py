@@ -4,7 +4,7 @@ import dataclasses
 
 from transformers import PreTrainedConfig
 
-from qatlora.base.layout import plain_config, require_dense
+from qatlora.base.layout import plain_config
 from qatlora.base.published import published_config
 from qatlora.base.source import find_source
 from qatlora.base.stores import Q4_0_BITS
@@ -26,7 +26,6 @@ def plan(state: Run) -> None:
     """Count the base, lay its memory out by part, and look for settings that fit."""
     cfg = state.cfg
     config = _config(cfg.base)
-    require_dense(config, str(cfg.base.name))
     shape = model_shape(config, cfg.base.trained)
     job = dataclasses.replace(planned_job(cfg), trains=True, loads_dense=False)
     state.plan = PlanResult(

@@ -13,6 +13,7 @@ from qatlora.export.checkpoint import require_plain
 from qatlora.grid.fused import compiles_on
 from qatlora.llamacpp.source import check_converter
 from qatlora.preflight import describe, estimate, require, target
+from qatlora.stages.benchmark import check_benchmark
 from qatlora.stages.build import check_build
 from qatlora.stages.fidelity import check_fidelity
 from qatlora.stages.inspect import check_inspect
@@ -53,6 +54,8 @@ def preflight(state: Run) -> None:
         check_inspect(state)
     if "build" in cfg.stages:
         check_build(state)
+    if "benchmark" in cfg.stages:
+        check_benchmark(state)
     if "validate" in cfg.stages:
         check_validate(state)
     if {"build", "preview_data", "load_base", "load_data", "fidelity"} & set(cfg.stages):

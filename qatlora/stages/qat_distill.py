@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from qatlora import __version__
+from qatlora.base.names import weight_key
 from qatlora.export.checkpoint import save_checkpoint
 from qatlora.grid import Q4Blocks, encode_reference
 from qatlora.report.results import REFERENCE
@@ -16,7 +17,7 @@ def evaluate_reference(state: Run) -> None:
 
     def reference() -> Iterator[tuple[str, Q4Blocks]]:
         for name in state.base.grid:
-            weight = state.source.tensor(f"{name}.weight").to(state.device)
+            weight = state.source.tensor(weight_key(name)).to(state.device)
             yield name, encode_reference(weight)
 
     with (

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from qatlora.base.from_gguf import config_from_gguf, model_from_gguf
+from qatlora.base.from_gguf import config_from_gguf, model_from_gguf, require_fit
 from qatlora.base.layout import plain_config
 from qatlora.base.load import load_plain
-from qatlora.base.names import text_model_name
+from qatlora.base.names import text_model_name, weight_key
 from qatlora.base.on_grid import on_grid_share
 from qatlora.base.others import deploy_others
 from qatlora.base.plain import put_blocks
@@ -53,21 +53,25 @@ def check_validate(state: Run) -> None:
     """Refuse what cannot be judged, from headers alone.
 
     Raises:
-        CheckpointError: a build, another architecture, other shapes, no GGUF.
+        CheckpointError: a build, another architecture, other shapes, no GGUF or one that could be
+            misread.
         AdapterError: no plain LoRA.
         ExportError: the base is no bf16 checkpoint.
     """
     settings = state.cfg.validate
     require_plain(state.source)
     require_weights(state.source, state.layout.trained)
+    checkpoint = state.source
     if settings.merged is not None:
-        merged = read_source(Path(settings.merged), Path(settings.merged).name)
-        require_weights(merged, state.layout.trained)
-        require_comparable(merged, state.source)
+        checkpoint = read_source(Path(settings.merged), Path(settings.merged).name)
+        require_weights(checkpoint, state.layout.trained)
+        require_comparable(checkpoint, state.source)
     if settings.adapter is not None:
         require_lora(Path(settings.adapter))
     if settings.gguf is not None:
-        config_from_gguf(read_gguf(Path(settings.gguf)))
+        config, gguf = plain_config(checkpoint.folder), read_gguf(Path(settings.gguf))
+        config_from_gguf(gguf, config)  # refuses what could be misread
+        require_fit(gguf, config)
 
 
 def validate(state: Run) -> None:
@@ -182,7 +186,7 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
         GGUF,
         checkpoint,
         state.layout.trained,
-        lambda m, _: weights[f"{text_model_name(m)}.weight"].cpu(),
+        lambda m, _: weights[text_model_name(weight_key(m))].cpu(),
     )
     state.validation = dataclasses.replace(state.validation, types=[*state.validation.types, found])
     return gguf_gates(kld.mean, found.exact_share, share, state.cfg.validate)

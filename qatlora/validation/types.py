@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.layout import Layout, plain_config
-from qatlora.base.names import text_model_name
+from qatlora.base.names import text_model_name, weight_key
 from qatlora.base.others import deployed_other
 from qatlora.base.source import Source
 from qatlora.export.plain_gguf import write_plain_gguf
@@ -56,13 +56,13 @@ def damage(name: str, source: Source, modules: Iterable[str], decoded: Decoded) 
     Args:
         name: of the type.
         source: the checkpoint.
-        modules: modules without ``.weight``.
+        modules: names in the lists.
         decoded: module and stored weight to float weight.
     """
     errors = weights = 0.0
     exact = total = 0
     for module in modules:
-        stored = source.tensor(f"{module}.weight")
+        stored = source.tensor(weight_key(module))
         other = decoded(module, stored).float()
         errors += torch.linalg.vector_norm(other - stored.float()).item() ** 2
         weights += torch.linalg.vector_norm(stored.float()).item() ** 2
@@ -88,7 +88,7 @@ def _by_llama_quantize(source: Source, layout: Layout) -> list[TypeDamage]:
                     name,
                     source,
                     layout.trained,
-                    lambda m, _, w=weights: w[f"{text_model_name(m)}.weight"],
+                    lambda m, _, w=weights: w[text_model_name(weight_key(m))],
                 )
             )
     return found

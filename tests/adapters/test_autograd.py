@@ -1,42 +1,19 @@
 """The custom backward against a slow dense surrogate: the straight-through gradient written out."""
 
-import dataclasses
-
 import pytest
 import torch
-from adapter_cases import IN, OUT, RULE, adapter
+from adapter_cases import IN, NAMES, OUT, RULE, RULES, adapter, factor_gradients
 from torch import Tensor
 
-from qatlora.adapters.deployed import AdapterRule, deployed_dense, deployed_weight
+from qatlora.adapters.deployed import AdapterRule, deployed_dense
 from qatlora.adapters.layer import GridAdapter
-from qatlora.base.stores import reciprocal
-
-NAMES = ("lora_A", "lora_B", "lora_steps_A", "lora_steps_B")
 
 
 def dense_surrogate(layer: GridAdapter, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
     """All gradients in float64 from g = dY^T X, by the formulas: no tricks, no tiles."""
-    blocks = deployed_weight(layer)
-    base_steps = layer.get_base_layer().store.steps
     x, grad_y = x.double(), grad_y.double()
-    g = grad_y.T @ x
-    grads = {"x": grad_y @ deployed_dense(layer, torch.float64)}
-    alive = (base_steps != 0).repeat_interleave(32, dim=1).double()
-    ratio = (blocks.steps.double() * reciprocal(base_steps).double()).repeat_interleave(32, dim=1)
-    if not layer.rule.moves_steps:
-        ratio = torch.ones_like(ratio)
-    if layer.rule.rounding == "reference":
-        alive = torch.ones_like(alive)
-    if layer.rule.moves_levels:
-        down, up = (layer.parameters_of(name).detach().double() for name in NAMES[:2])
-        delta_grad = g * alive * ratio * layer.rule.scale
-        grads["lora_A"], grads["lora_B"] = up.T @ delta_grad, delta_grad @ down.T
-    if layer.rule.moves_steps:
-        down, up = (layer.parameters_of(name).detach().double() for name in NAMES[2:])
-        per_block = (g * blocks.levels.double()).unflatten(1, (-1, 32)).sum(-1)
-        factor_grad = per_block * base_steps.double()
-        grads["lora_steps_A"], grads["lora_steps_B"] = up.T @ factor_grad, factor_grad @ down.T
-    return grads
+    grads = factor_gradients(layer, grad_y.T @ x)
+    return grads | {"x": grad_y @ deployed_dense(layer, torch.float64)}
 
 
 def run(layer: GridAdapter, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
@@ -51,14 +28,6 @@ def run(layer: GridAdapter, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
             assert parameter.grad is not None
             grads[name] = parameter.grad
     return grads
-
-
-RULES = [
-    RULE,
-    dataclasses.replace(RULE, rounding="reference", dither="never"),
-    dataclasses.replace(RULE, kind="steps"),
-    dataclasses.replace(RULE, kind="both"),
-]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.rounding}")

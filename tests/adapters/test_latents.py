@@ -12,9 +12,10 @@ from qatlora.adapters.deployed import LatentRule, deployed_dense, deployed_weigh
 from qatlora.adapters.latent_layer import LatentLinear
 from qatlora.adapters.latents import LatentModel, attach_latents
 from qatlora.base.linear import GridLinear
+from qatlora.base.names import is_stack
 from qatlora.base.stores import Bf16Store
 from qatlora.errors import AdapterError
-from qatlora.grid import decode, encode_reference, nearest_levels
+from qatlora.grid import decode, digest, encode_reference, nearest_levels
 from qatlora.grid.format import latents, pack
 
 RULES = ["frozen", "recomputed", "learned"]
@@ -181,6 +182,25 @@ def test_a_selection_of_layers_leaves_the_others_as_they_are(tiny_llama_folder: 
     model = attach_latents(base, LatentRule("frozen"))
     assert len(list(model.trained_layers())) == 3
     assert len(list(model.deployed())) == NUM_LINEARS
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+def test_every_expert_trains_as_a_layer_of_its_own(tiny_multimodal_folder: Path) -> None:
+    base = loaded(tiny_multimodal_folder, "bf16")
+    stacks = [name for name in base.trained if is_stack(name)]
+    model = attach_latents(base, LatentRule("frozen"))
+    num_experts = sum(len(base.model.get_submodule(name).experts) for name in stacks)
+    assert num_experts == 4 * 5
+    assert len(model.trained_layers()) == len(base.trained) - len(stacks) + num_experts
+    before = dict(model.base_blocks())
+    model.model(torch.arange(4, 68)[None]).logits.square().mean().backward()
+    assert all(layer.latent.grad is not None for layer in model.trained_layers())
+    train_a_little(model)
+    with model.as_base():
+        assert model.deployed_digests() == {name: digest(one) for name, one in before.items()}
+    after = dict(model.deployed())
+    for name in stacks:
+        assert (after[name].levels != before[name].levels).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("storage", ["q4_0", "nf4"])

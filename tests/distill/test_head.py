@@ -101,3 +101,12 @@ def test_precision_of_other_products_is_left_alone():
     before = torch.backends.mkldnn.matmul.fp32_precision
     LmHead(torch.ones(3, 4)).logits(torch.ones(1, 4))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_head_set_apart_holds_the_same_words_in_memory_of_its_own():
+    whole = torch.randn(10, 8)
+    head = LmHead(whole[2:6], bias=torch.ones(4), softcap=3.0)
+    apart = head.apart()
+    assert torch.equal(apart.weight, head.weight)
+    assert (apart.bias is head.bias, apart.softcap) == (True, 3.0)
+    assert apart.weight.untyped_storage().nbytes() == 4 * 8 * 4

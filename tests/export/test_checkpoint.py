@@ -33,17 +33,28 @@ def trained(folder: Path, steps: str) -> LatentModel:
 def test_loading_the_saved_base_gives_the_trained_blocks_bit_for_bit(
     steps: str, layout: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model = trained(request.getfixturevalue(layout), steps)
-    result = save_checkpoint(model, tmp_path / "base", {"rule": steps}, lambda _: None)
+    require_same_blocks(trained(request.getfixturevalue(layout), steps), tmp_path / "base")
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+def test_the_experts_of_a_saved_base_come_back_bit_for_bit(
+    tiny_multimodal_folder: Path, tmp_path: Path
+) -> None:
+    require_same_blocks(trained(tiny_multimodal_folder, "learned"), tmp_path / "base")
+
+
+def require_same_blocks(model: LatentModel, folder: Path) -> None:
+    """Save the model and load it again."""
+    result = save_checkpoint(model, folder, {}, lambda _: None)
     assert result.on_grid_share == 1
     assert result.differing_blocks == 0
-    again = loaded(tmp_path / "base", "q4_0")
+    again = loaded(folder, "q4_0")
     assert again.on_grid_share == 1
     deployed = dict(model.deployed())
     for name in again.grid:
         blocks = again.model.get_submodule(name).base_blocks()
         assert torch.equal(pack(blocks), pack(deployed[name]))
-    identity = json.loads((tmp_path / "base" / "qatlora.json").read_text())
+    identity = json.loads((folder / "qatlora.json").read_text())
     assert identity["blocks"] == model.deployed_digests()
 
 

@@ -8,7 +8,8 @@ import torch
 from loaded_cases import adapted_model
 from safetensors.torch import save_file
 
-from qatlora.adapters.deployed import changed_steps, low_rank
+from qatlora.adapters.deployed import changed_steps
+from qatlora.base.names import weight_key
 from qatlora.errors import ExportError, QatloraError
 from qatlora.export.step_patch import (
     StepFactors,
@@ -21,7 +22,11 @@ from qatlora.files import sha256_of_file
 from qatlora.grid import Q4Blocks, encode_reference, pack
 from qatlora.llamacpp.convert import TensorPlace
 
-SHAPES = {"blk.0.attn_q.weight": (64, 96), "blk.0.ffn_down.weight": (32, 160)}
+SHAPES = {
+    "blk.0.attn_q.weight": (64, 96),
+    "blk.0.ffn_down.weight": (32, 160),
+    "blk.0.ffn_down_exps.weight": (3, 32, 64),
+}
 RANK = 3
 
 
@@ -40,17 +45,14 @@ def random_factors(seed: int) -> dict[str, StepFactors]:
         return 0.1 * torch.randn(shape, generator=generator)
 
     return {
-        name: StepFactors(draw(rows, RANK), draw(RANK, columns // 32))
-        for name, (rows, columns) in SHAPES.items()
+        name: StepFactors(draw(*rows, RANK), draw(*rows[:-1], RANK, columns // 32))
+        for name, (*rows, columns) in SHAPES.items()
     }
 
 
 def moved(blocks: dict[str, Q4Blocks], factors: dict[str, StepFactors]) -> dict[str, Q4Blocks]:
     return {
-        name: Q4Blocks(
-            changed_steps(one.steps, low_rank(factors[name].up, factors[name].down, 1.0)),
-            one.levels,
-        )
+        name: Q4Blocks(changed_steps(one.steps, factors[name].change()), one.levels)
         for name, one in blocks.items()
     }
 
@@ -95,7 +97,7 @@ def test_base_and_patch_make_the_exported_file_byte_for_byte(
 
 def test_the_patch_holds_no_vocabulary_and_no_levels(files: tuple[Path, Path, Path]) -> None:
     base, _, patch = files
-    num_factors = sum(RANK * (rows + columns // 32) for rows, columns in SHAPES.values())
+    num_factors = sum(pair.up.numel() + pair.down.numel() for pair in random_factors(2).values())
     assert patch.stat().st_size < 4 * num_factors + 1500
     assert read_head(patch).base_sha256 == sha256_of_file(base)
 
@@ -162,5 +164,15 @@ def test_factors_follow_the_rows_that_the_converter_permuted(tiny_llama_folder: 
     for each, before in adapted.base_blocks():
         taken = torch.tensor(order) if each == name else torch.arange(len(before.steps))
         pair = factors[each]
-        steps = changed_steps(before.steps[taken], low_rank(pair.up, pair.down, 1.0))
+        steps = changed_steps(before.steps[taken], pair.change())
         assert torch.equal(steps, dict(adapted.deployed())[each].steps[taken])
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+def test_every_expert_has_factors_of_its_own(tiny_multimodal_folder: Path) -> None:
+    adapted = adapted_model(tiny_multimodal_folder, kind="steps")
+    places = {weight_key(one): TensorPlace(one, None) for one in adapted.base.grid}
+    factors, deployed = dict(step_factors(adapted, places)), dict(adapted.deployed())
+    for name, before in adapted.base_blocks():
+        steps = changed_steps(before.steps, factors[name].change())
+        assert torch.equal(steps, deployed[name].steps)

@@ -96,7 +96,8 @@ def test_an_adapter_run_stands_behind_its_base(report, run_dir):
     before, after = model_named(report, "trained, before"), model_named(report, "trained")
     assert (before.before, after.before) == (None, "trained, before")
     assert all(before.texts[name] != text for name, text in after.texts.items())
-    assert "trained, chats: perplexity" in (run_dir / "report.html").read_text("utf-8")
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert "<h2>Before and after training</h2>" in page
 
 
 def test_the_report_is_valid_json(report, run_dir):

@@ -20,13 +20,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatlora.adapters.deployed import deployed_weight
 from qatlora.adapters.saved import save_adapter
+from qatlora.base.from_gguf import config_from_gguf
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer
+from qatlora.base.names import is_stack, weight_key
 from qatlora.base.source import find_source
+from qatlora.base.stores import dequantized_nf4
 from qatlora.config import BaseConfig
 from qatlora.fidelity.load import BEFORE, LoadSettings, load_models
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
 from qatlora.grid import decode, encode_reference
+from qatlora.llamacpp.gguf_read import read_gguf
 
 FP32 = LoadSettings(torch.device("cpu"), torch.float32, "q8_0")
 
@@ -89,6 +93,20 @@ def test_q4_0_are_the_blocks_that_training_would_start_from(tiny_gemma3_folder):
         assert torch.equal(model.get_submodule(name).weight, decode(blocks, torch.float32))
 
 
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_experts_are_what_training_would_start_from(tiny_multimodal_folder, kind):
+    model = only(checkpoint(tiny_multimodal_folder, kind), tiny_multimodal_folder)
+    base = loaded(tiny_multimodal_folder, kind)
+    for name in filter(is_stack, base.grid):
+        stack = base.model.get_submodule(name)
+        if kind == "nf4":
+            expected = torch.stack([dequantized_nf4(one.store.weight) for one in stack.linears()])
+        else:
+            expected = decode(stack.base_blocks())
+        assert torch.equal(model.get_parameter(weight_key(name)), expected.float())
+
+
 @pytest.mark.parametrize("kind", ["q4_0", "nf4"])
 def test_a_build_is_what_its_source_becomes_in_that_storage(tiny_llama_folder, tmp_path, kind):
     built_folder(tiny_llama_folder, tmp_path / "build", kind)
@@ -137,7 +155,8 @@ def test_an_adapter_run_is_its_base_before_and_its_gguf_after(tiny_gemma3_folder
         assert torch.equal(before[weight], decode(before_blocks[name], torch.float32))
         assert torch.equal(after[weight], decode(blocks[name], torch.float32))
         assert not torch.equal(before[weight], after[weight])
-    written = weights(only(GgufModel(candidate.path), tiny_gemma3_folder))
+    config = config_from_gguf(read_gguf(candidate.path))
+    written = weights(only(GgufModel(candidate.path, config), tiny_gemma3_folder))
     assert written.keys() == after.keys()
     linears = {f"{name}.weight" for name in blocks} | {"model.embed_tokens.weight"}
     for name in linears:

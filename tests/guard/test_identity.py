@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from qatlora.config import GuardConfig
 from qatlora.errors import ExportError, GuardFailed
 from qatlora.export.candidate import Candidate
 from qatlora.export.publish import publish
-from qatlora.grid import Q4Blocks, decode, encode_reference, pack
+from qatlora.grid import Q4Blocks, decode, digest, encode_reference, pack
 from qatlora.guard.identity import identity_gate, stored_rows
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.convert import TensorPlace
@@ -50,6 +51,33 @@ def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     candidate = candidate_of(adapted, tmp_path_factory.mktemp("run"))
     num_blocks = sum(blocks.steps.numel() for _, blocks in adapted.deployed())
     return Merge(adapted, candidate, adapted.deployed_digests(), num_blocks)
+
+
+def test_a_block_of_one_expert_that_differs_is_found(tmp_path: Path):
+    torch.manual_seed(0)
+    levels = torch.randint(-8, 8, (3, 4, 64), dtype=torch.int8)
+    blocks = Q4Blocks(torch.rand(3, 4, 2).half(), levels)
+    stored = pack(blocks).numpy()
+    stored[2, 1, 20] ^= 1  # a code of its second block
+    name, gguf_name = "model.layers.0.experts.down_proj", "blk.0.ffn_down_exps.weight"
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma4")
+    writer.add_tensor(gguf_name, stored, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    candidate = Candidate(
+        tmp_path / "x.gguf", tmp_path / "y.gguf", {name: TensorPlace(gguf_name, None)}
+    )
+    gate = identity_gate(candidate, [(name, blocks)], {name: digest(blocks)}, GuardConfig())
+    assert (gate.value, gate.status) == (1, "failed")
+    assert "1 of 24 blocks in 1 tensors" in gate.message
+    rows = torch.arange(12).roll(1)  # the converter's order, counted through all experts
+    moved = Candidate(
+        candidate.path, candidate.final_path, {name: TensorPlace(gguf_name, rows.tolist())}
+    )
+    restored = stored_rows(read_gguf(moved.path), moved.places[name], torch.Size(stored.shape))
+    assert torch.equal(restored.flatten(0, 1)[rows], torch.from_numpy(stored).flatten(0, 1))
 
 
 def tensor_of(candidate: Candidate, name: str) -> GgufTensor:

@@ -10,6 +10,7 @@ from loaded_cases import RULE, adapted_model, loaded
 from qatlora.adapters.layer import GridAdapter
 from qatlora.base.layout import plain_config
 from qatlora.base.published import published_config
+from qatlora.base.stores import Store
 from qatlora.evaluate import final_hidden_states
 from qatlora.plan.choose import LEANEST, longest_row, recommend, usable_bytes
 from qatlora.plan.footprint import Job, footprint
@@ -44,7 +45,7 @@ def test_the_nf4_build_of_31b_has_its_published_size():
 @pytest.mark.parametrize("kind", ["nf4", "q4_0", "bf16"])
 def test_a_base_takes_what_its_stores_hold(kind: str, tiny_multimodal_folder: Path):
     base = loaded(tiny_multimodal_folder, kind)
-    stores = [base.model.get_submodule(name).store for name in base.grid]
+    stores = [module for module in base.model.modules() if isinstance(module, Store)]
     steps = sum(store.steps.nbytes for store in stores)
     held = {
         "nf4": lambda store: store.weight.nbytes if hasattr(store, "weight") else 0,
@@ -96,6 +97,17 @@ def test_what_autograd_keeps_is_what_was_counted(tiny_multimodal_folder: Path):
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
     return model_shape(published_config("gemma4_12b"))
+
+
+def test_experts_count_one_by_one_and_come_in_bf16_before_they_are_nf4():
+    shape = model_shape(published_config("gemma4_26b_a4b"))
+    assert len(shape.grid) == len(shape.trained) == 205 + 60 * 128
+    lora = shape.adapter_parameters("lora", 16, 16)
+    of_experts = 30 * 128 * 16 * (1408 + 2816 + 2816 + 704)
+    assert of_experts < lora < 1.05 * of_experts
+    packed, nf4 = (footprint(shape, Job(kind, **LEANEST)) for kind in ("q4_0", "nf4"))
+    assert packed.weights + packed.steps == shape.num_grid_weights * 4.5 / 8
+    assert (packed.dense, nf4.dense) == (0, 2 * 22_837_985_280)
 
 
 def test_checkpointing_keeps_less_and_a_teacher_in_memory_is_a_second_model(shape: ModelShape):

@@ -7,7 +7,14 @@ from html.parser import HTMLParser
 from rich.console import Console
 
 from qatlora.report.console import to_console
-from qatlora.report.fidelity_text import console_cells, headlines, statistics_cells
+from qatlora.report.fidelity_plot import position_figure
+from qatlora.report.fidelity_text import (
+    advice,
+    candidates,
+    console_cells,
+    headlines,
+    statistics_cells,
+)
 from qatlora.report.html import to_html
 from qatlora.report.results import KLD_BIN_EDGES, BaseResult, RunReport
 from qatlora.report.results_fidelity import (
@@ -33,8 +40,8 @@ def text(mean: float, stderr: float = 0.001) -> FidelityText:
 def model(name: str, mean: float, **more) -> FidelityModel:
     worst = WorstToken("wiki", 3, 7, 9.5, f"before {HOSTILE}", "\n", " a", " b", 0.9, 1e-4)
     texts = {"wiki": text(mean, more.pop("stderr", 0.001)), "c4": text(2 * mean)}
-    values = {"given": name, "reference": "bf16", "bytes": 241_000_000, "before": None} | more
-    return FidelityModel(name=name, texts=texts, worst=[worst], **values)
+    values = {"title": f"tiny → {name}", "given": name, "reference": "bf16", "bytes": 241_000_000}
+    return FidelityModel(name=name, texts=texts, worst=[worst], **values | more)
 
 
 def report(*models: FidelityModel) -> RunReport:
@@ -46,7 +53,7 @@ def report(*models: FidelityModel) -> RunReport:
 
 def test_the_headline_names_the_nearest_first_and_its_size():
     (line,) = headlines(report(model("nf4", 0.2), model("q4_0", 0.1)).fidelity)
-    assert line.index("q4_0 0.15 ± 0.0007 (241 MB)") < line.index("nf4 0.3")
+    assert line.index("q4_0 0.1500 ± 0.0007 (241 MB)") < line.index("nf4 0.3")
     assert "told apart" not in line
 
 
@@ -65,11 +72,37 @@ def test_neither_the_reference_nor_an_untrained_base_can_be_the_nearest():
     assert headlines(report(model("bf16", 0.0)).fidelity) == []
 
 
+def test_a_larger_build_that_is_further_away_is_advised_against():
+    small, same = model("small", 0.3, bytes=100), model("same", 0.3001, bytes=150)
+    large, best = model("large", 0.4, bytes=300), model("best", 0.1, bytes=200)
+    result = report(model("bf16", 0.0), large, small, same, best).fidelity
+    ranked = candidates(result, result.references[0])
+    assert {each.name: advice(each, ranked) for each in result.models} == {
+        "bf16": "",  # the reference itself
+        "best": "nearest",
+        "small": "50% smaller than best",
+        "same": "25% smaller than best",
+        "large": "best is nearer and no larger",
+    }
+    close = report(model("a", 0.1, bytes=200), model("b", 0.1001, bytes=100)).fidelity
+    ranked = candidates(close, close.references[0])
+    assert advice(ranked[1], ranked) == "50% smaller than a, not told apart from it"
+    page = to_html(report(model("bf16", 0.0), large, best), {})
+    assert '<tr class="first"><td class="l">best</td>' in page
+
+
 def test_every_model_has_a_row_for_every_text():
     result = report(model("nf4", 0.2), model("q4_0", 0.1)).fidelity
     wanted = [("wiki", "nf4"), ("wiki", "q4_0"), ("c4", "nf4"), ("c4", "q4_0")]
     assert [tuple(row[:2]) for row in statistics_cells(result)] == wanted
     assert [tuple(row[:2]) for row in console_cells(result)] == wanted
+
+
+def test_no_curve_leaves_the_plot_of_positions():
+    result = report(model("nf4", 0.2)).fidelity  # c4 twice as high as wiki
+    for axis in position_figure(result).axes:
+        top = max(line.get_ydata().max() for line in axis.lines)
+        assert 0 == axis.get_ylim()[0] < top <= axis.get_ylim()[1]
 
 
 class Checker(HTMLParser):

@@ -9,6 +9,7 @@ from sample_text import sentences
 
 from qatlora import pipeline
 from qatlora.config import BenchmarkMethod, BenchmarkSuite, RootConfig
+from qatlora.errors import ConfigError
 from qatlora.report.json_report import load_schema
 
 
@@ -117,3 +118,13 @@ def test_the_suite_speed_reports_ratios(
     assert [row["method"] for row in rows] == ["peft_nf4", "lora_q4_0"]
     assert rows[0]["time_ratio"] == 1
     assert (tmp_path / "speed.png").is_file()
+
+
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)
+def test_experts_are_refused_because_the_baselines_are_linears_alone(
+    tiny_multimodal_folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"mixture of experts.*Leave the experts out.*base\.trained"
+    ):
+        pipeline.run(settings(tiny_multimodal_folder, texts, tmp_path, "speed"))

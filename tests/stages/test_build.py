@@ -1,6 +1,8 @@
 """Built folders in the pipeline: training on them, exporting from their source, refusals."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loaded_cases import built_folder, on_grid_folder
@@ -13,6 +15,7 @@ from qatlora.errors import CheckpointError, ConfigError, ExportError
 from qatlora.export.checkpoint import require_plain
 from qatlora.files import SUMS
 from qatlora.inspection.tensors import require_weights
+from qatlora.report.results import RunReport
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,46 @@ def test_without_a_path_the_folder_lies_in_the_run_folder(
     report = built_folder(tiny_llama_folder, tmp_path / "build", "q4_0", path=None)
     assert Path(report.build.path) == tmp_path / "build-run" / "tiny-Q4_0"
     assert (tmp_path / "build-run" / "tiny-Q4_0" / "grid.json").is_file()
+
+
+def with_table(base: Path, target: Path, kind: str, text: Path, **fidelity: Any) -> RunReport:
+    """As `built_folder`, with the table of the recipe on a short text."""
+    fidelity = {"texts": [str(text)], "tokens_per_text": 200, "window_tokens": 64} | fidelity
+    stages = ["preflight", "build", "fidelity", "report"]
+    return built_folder(base, target, kind, stages=stages, fidelity=fidelity)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "nf4"])
+def test_the_card_has_the_fidelity_of_the_folder_beside_other_storages(
+    kind: str, tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama_folder, tmp_path / "before_qat")
+    report = with_table(
+        tiny_llama_folder, tmp_path / "b", kind, files["text"], vanilla=str(tmp_path / "before_qat")
+    )
+    titles = [model.title for model in report.fidelity.models]
+    assert titles == ["vanilla → NF4", "QAT → NF4", "QAT → Q4_0 ours", "QAT → Q4_0 reference"]
+    vanilla, nf4, *_ = report.fidelity.models
+    assert vanilla.texts == nf4.texts  # the same weights, one of them in the folder
+    card = (tmp_path / "b" / "README.md").read_text("utf-8")
+    assert "## Fidelity" in card
+    assert all(title in card for title in titles)
+    built = next(model for model in report.fidelity.models if model.given == kind)
+    assert built.bytes == read_source(tmp_path / "b", "tiny").weight_bytes  # of the folder itself
+
+
+def test_a_build_goes_on_without_a_table_where_there_is_no_memory_for_one(
+    tiny_llama_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("qatlora.stages.fidelity.lacking_memory", lambda *_: "62 GB are needed")
+    report = with_table(tiny_llama_folder, tmp_path / "build", "q4_0", files["text"])
+    assert "There will be no fidelity table: to measure it, 62 GB" in "".join(capsys.readouterr())
+    assert report.fidelity is None
+    assert "## Fidelity" not in (tmp_path / "build" / "README.md").read_text("utf-8")
 
 
 def test_a_build_that_was_killed_before_its_report_is_made_again(

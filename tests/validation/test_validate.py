@@ -29,7 +29,7 @@ from qatlora.base.source import find_source
 from qatlora.config import BaseConfig, ExportConfig, OtherType, RootConfig, ValidateConfig
 from qatlora.config.rules import validate as check_rules
 from qatlora.data.templates import strip_generation_markers
-from qatlora.errors import AdapterError, ConfigError, GuardFailed
+from qatlora.errors import AdapterError, CheckpointError, ConfigError, GuardFailed
 from qatlora.evaluate import Mean
 from qatlora.export.candidate import write_candidate
 from qatlora.grid import decode, encode_reference
@@ -176,17 +176,30 @@ def test_a_gguf_of_the_blocks_passes_and_one_of_another_type_fails(
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma3_multimodal"], indirect=True)
-def test_a_gguf_is_judged_against_a_multimodal_base(
+def test_our_gguf_is_judged_against_a_multimodal_base(
     tiny_multimodal_folder: Path, files: dict[str, Path], tmp_path: Path
 ):
     on_grid_folder(tiny_multimodal_folder, tmp_path / "base")
     adapted = adapted_model(tmp_path / "base", seed=None)
-    exported = candidate_of(adapted, tmp_path / "export")
+    exported = candidate_of(adapted, tmp_path / "export", version="1")
     report = run(tmp_path / "base", files, tmp_path / "run", gguf=exported.path)
     assert gates(report)["gguf_blocks"] == "passed"
     (found,) = report["validate"]["types"]
     assert (found["exact_share"], found["relative_error"]) == (1, 0)
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_dense"], indirect=True)
+def test_a_gguf_that_could_be_misread_or_does_not_fit_is_refused_before_any_model_is_loaded(
+    tiny_multimodal_folder: Path, base: Path, files: dict[str, Path], tmp_path: Path
+):
+    adapted = adapted_model(tiny_multimodal_folder, seed=None)
+    foreign = candidate_of(adapted, tmp_path / "export")  # without our stamp
+    with pytest.raises(CheckpointError, match="another writer did"):
+        run(tiny_multimodal_folder, files, tmp_path / "run", gguf=foreign.path)
+    own = candidate_of(adapted, tmp_path / "own", version="1")
+    with pytest.raises(CheckpointError, match="loaded with a configuration of gemma3_text"):
+        run(base, files, tmp_path / "run", gguf=own.path)
 
 
 @pytest.mark.llama_cpp
