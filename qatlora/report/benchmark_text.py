@@ -1,5 +1,6 @@
 """The benchmark's tables: what was compared, one line per method, and what the columns mean."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from qatlora.report.escape import inline, table
@@ -27,14 +28,22 @@ _ADAPTERS_HEADER = (
 )  # fmt: skip
 
 
-def benchmark_cells(result: BenchmarkResult) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Header and rows of the suite that ran, as plain text."""
+def benchmark_cells(
+    result: BenchmarkResult, *, ranges: bool = True
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows of the suite that ran, as plain text.
+
+    Args:
+        result: of the suite.
+        ranges: False for medians and short names alone, which fit 80 columns.
+    """
     if result.speed is not None:
         return _SPEED_HEADER, [_speed_cells(row) for row in result.speed.rows]
     assert result.adapters is not None
     before = result.adapters.before
     first = ["before", "", f"{before.task:.4f}", "", f"{before.general:.4f}", "", "", "", ""]
-    rows = [_adapters_cells(summary) for summary in result.adapters.summaries]
+    summaries = result.adapters.summaries
+    rows = [_adapters_cells(each if ranges else _medians(each)) for each in summaries]
     return _ADAPTERS_HEADER, [first, *rows]
 
 
@@ -103,6 +112,16 @@ def _adapters_cells(summary: MethodSummary) -> list[str]:
         format_large_count(summary.trainable_parameters),
         f"{summary.seconds.median:.0f}",
     ]
+
+
+def _medians(summary: MethodSummary) -> MethodSummary:
+    """The same under its short name, without ranges and brackets."""
+    shown = {
+        key: dataclasses.replace(spread, low=spread.median, high=spread.median)
+        for key in ("task", "share", "general", "general_kld")
+        if (spread := getattr(summary, key)) is not None
+    }
+    return dataclasses.replace(summary, label=summary.method, merged_share=None, **shown)
 
 
 def _ratio(value: float | None) -> str:

@@ -48,7 +48,7 @@ def to_console(report: RunReport) -> RenderableType:
     if report.preview:
         parts += _preview_parts(report.preview)
     if report.benchmark:
-        parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark)))
+        parts.append(plain_table("benchmark", *benchmark_cells(report.benchmark, ranges=False)))
     if report.teacher_cache:
         rows = cache_rows(report.teacher_cache)
         parts.append(plain_table("held-out text", CACHE_HEADER, rows))

@@ -5,6 +5,13 @@ from rich.console import Console
 
 from qatlora.report.console import to_console
 from qatlora.report.results import GuardResult
+from qatlora.report.results_benchmark import (
+    AdaptersResult,
+    BenchmarkResult,
+    Losses,
+    MethodSummary,
+    Spread,
+)
 from qatlora.report.results_runtime import (
     CANDIDATE,
     CONTROL,
@@ -47,6 +54,21 @@ def test_eighty_columns_break_no_cell_of_the_runs_in_llama_cpp(run_report):
     assert CONTROL in text
     assert "0.002043 ± 0.00016" in text
     assert "0.3724 ± 0.023" in text
+
+
+def test_eighty_columns_break_no_cell_of_a_comparison_of_adapters(bare_report):
+    spread = Spread(2.1284, 2.1176, 2.1315)
+    share = Spread(1.013, 1.002, 1.02)
+    summary = MethodSummary(
+        "reference_q4_0", "a long name", 2e-3, 3, spread, spread, spread, share, share, spread,
+        spread, 4_884_480, Spread(188.0, 170.0, 190.0),
+    )  # fmt: skip
+    before = Losses(2.5826, 2.5, 3.238, 0.0)
+    result = AdaptersResult(None, "tiny", 60, 512, before, [summary], [], [])
+    text = printed(replace(bare_report, benchmark=BenchmarkResult(adapters=result)))
+    (line,) = (line for line in text.splitlines() if "reference_q4_0" in line)
+    cells = ["reference_q4_0", "0.002", "2.1284", "101", "%", "2.1284", "2.1284", "212.84", "%"]
+    assert line.split() == [*cells, "4.88", "M", "188"]
 
 
 def test_a_failed_guard_shows_gate_and_remedy(failed_report):
