@@ -24,7 +24,7 @@ from qatlora.report.results_benchmark import (
 
 _SPEED_HEADER = ("method", "tokens", "seconds", "time ratio", "peak", "memory ratio", "of storage")
 _ADAPTERS_HEADER = (
-    "method", "rate", "task", "share", "general", "KLD general", "codes", "parameters", "seconds",
+    "method", "rate", "task", "share", "general", "KLD general", "codes", "trained", "seconds",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def benchmark_cells(
 
     Args:
         result: of the suite.
-        ranges: False for medians and short names alone, which fit 80 columns.
+        ranges: False for medians and short names, without the seconds, which fits 80 columns.
     """
     if result.speed is not None:
         return _SPEED_HEADER, [_speed_cells(row) for row in result.speed.rows]
@@ -43,8 +43,10 @@ def benchmark_cells(
     before = result.adapters.before
     first = ["before", "", f"{before.task:.4f}", "", f"{before.general:.4f}", "", "", "", ""]
     summaries = result.adapters.summaries
-    rows = [_adapters_cells(each if ranges else _medians(each)) for each in summaries]
-    return _ADAPTERS_HEADER, [first, *rows]
+    if ranges:
+        return _ADAPTERS_HEADER, [first, *map(_adapters_cells, summaries)]
+    rows = [first, *(_adapters_cells(_medians(each)) for each in summaries)]
+    return _ADAPTERS_HEADER[:-1], [row[:-1] for row in rows]
 
 
 def benchmark_tables(result: BenchmarkResult) -> Iterator[str]:
@@ -80,8 +82,8 @@ def _about_adapters(result: AdaptersResult) -> str:
         f"{inline(result.domain)}, plain cross-entropy. Losses in nats per token on held-out text, "
         "as llama.cpp would run the model (the bound: unmerged, in brackets what is left of its "
         "share after merge and llama-quantize). Share: of the bound's gain on the task. KLD: from "
-        "the base, on general text. Rate: tuned on the first seed, on text of its own. Medians "
-        "over the seeds, the range behind them."
+        "the base, on general text. Rate: tuned on the first seed, on text of its own. Trained: "
+        "parameters. Medians over the seeds, the range behind them."
     )
 
 

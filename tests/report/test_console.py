@@ -60,15 +60,15 @@ def test_eighty_columns_break_no_cell_of_a_comparison_of_adapters(bare_report):
     spread = Spread(2.1284, 2.1176, 2.1315)
     share = Spread(1.013, 1.002, 1.02)
     summary = MethodSummary(
-        "reference_q4_0", "a long name", 2e-3, 3, spread, spread, spread, share, share, spread,
-        spread, 4_884_480, Spread(188.0, 170.0, 190.0),
+        "reference_q4_0", "a long name", 2e-3, 3, spread, spread, spread, share, share,
+        Spread(0.0498, 0.04, 0.05), spread, 4_884_480, Spread(188.0, 170.0, 190.0),
     )  # fmt: skip
     before = Losses(2.5826, 2.5, 3.238, 0.0)
     result = AdaptersResult(None, "tiny", 60, 512, before, [summary], [], [])
     text = printed(replace(bare_report, benchmark=BenchmarkResult(adapters=result)))
     (line,) = (line for line in text.splitlines() if "reference_q4_0" in line)
-    cells = ["reference_q4_0", "0.002", "2.1284", "101", "%", "2.1284", "2.1284", "212.84", "%"]
-    assert line.split() == [*cells, "4.88", "M", "188"]
+    cells = ["reference_q4_0", "0.002", "2.1284", "101", "%", "2.1284", "2.1284", "4.98", "%"]
+    assert line.split() == [*cells, "4.88", "M"]
 
 
 def test_a_failed_guard_shows_gate_and_remedy(failed_report):
