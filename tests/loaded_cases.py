@@ -16,6 +16,7 @@ from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.base.layout import find_layout
 from qatlora.base.load import LoadedBase, load_base, load_tokenizer
+from qatlora.base.names import is_stack, weight_key
 from qatlora.base.source import find_source
 from qatlora.config import (
     BaseConfig,
@@ -93,15 +94,15 @@ def edit_tensors(folder: Path, changes: dict[str, Tensor]) -> None:
 
 
 def on_grid_folder(source: Path, target: Path) -> dict[str, Q4Blocks]:
-    """Copy a checkpoint with its decoder linears moved onto a Q4_0 grid; returns the blocks."""
+    """Copy a checkpoint with its decoder's weights moved onto a Q4_0 grid; returns the blocks."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     blocks = {
         name.removesuffix(".weight"): encode_reference(tensor.float())
         for name, tensor in tensors.items()
-        if "_proj.weight" in name
+        if "_proj.weight" in name or is_stack(name)
     }
-    moved = {f"{name}.weight": decode(block, torch.bfloat16) for name, block in blocks.items()}
+    moved = {weight_key(name): decode(block, torch.bfloat16) for name, block in blocks.items()}
     edit_tensors(target, moved)
     return blocks
 
