@@ -298,6 +298,8 @@ def test_a_signal_ends_a_real_process_cleanly(number, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background lets its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
