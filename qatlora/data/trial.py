@@ -15,6 +15,7 @@ from qatlora.errors import DataError
 
 _CPU_SECONDS = 3  # the probes of published templates take some milliseconds
 _MEMORY_BYTES = 1 << 30  # beside what the process has
+_WALL_SECONDS = 120.0
 
 
 def require_end(render: Callable[[], object], template: str) -> None:
@@ -27,7 +28,13 @@ def require_end(render: Callable[[], object], template: str) -> None:
         return
     child = multiprocessing.get_context("fork").Process(target=_limited, args=(render,))
     child.start()
-    child.join()  # the kernel ends it
+    child.join(_WALL_SECONDS)  # the kernel ends it, unless it uses no time at all:
+    if (
+        child.is_alive()
+    ):  # a lock of another thread was taken over; of the template nothing is known
+        child.kill()
+        child.join()
+        return
     if child.exitcode != 0:
         raise DataError(
             f"The chat template (it begins {template.strip()[:60]!r}) does not end: a handful of "

@@ -1,6 +1,8 @@
 """Templates with generation markers: the same text as the originals, the right tokens marked."""
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from qatlora.data.templates import (
     training_template,
     turn_rules,
 )
+from qatlora.data.trial import require_end
 from qatlora.errors import DataError
 
 ORIGINALS = json.loads(Path(__file__).with_name("rendered_by_originals.json").read_text("utf-8"))
@@ -139,6 +142,14 @@ def test_a_template_that_does_not_end_is_refused(unmarked, template, monkeypatch
     unmarked.chat_template = template
     with pytest.raises(DataError, match=r"does not end|cannot be rendered"):
         training_template(unmarked)
+
+
+def test_a_trial_that_stands_still_is_given_up(monkeypatch):
+    monkeypatch.setattr("qatlora.data.trial._WALL_SECONDS", 0.2)
+    start = time.monotonic()
+    require_end(lambda: time.sleep(60), "a lock that nobody gives back")
+    assert time.monotonic() - start < 30
+    assert not multiprocessing.active_children()
 
 
 def test_unknown_shipped_template_is_refused_with_the_choices():
