@@ -5,7 +5,7 @@ and not how some kernel multiplies by them. A model that runs elsewhere (in llam
 none of this: it only has to leave `TokenScores` of the same tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import gguf
@@ -18,21 +18,16 @@ from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
 from qatlora.base.names import weight_key
 from qatlora.base.others import deploy_others
-from qatlora.base.packed import packed_blocks
 from qatlora.base.plain import put_blocks, put_weight
-from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4, quantized_nf4
+from qatlora.base.to_q4_0 import by_grid, by_llama_cpp
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place
-from qatlora.grid import Q4Blocks, decode, encode_reference, recover
 
 BEFORE = ", before"
 """Behind the name of an adapter run: its base, as it was before training."""
 
-_ENCODERS: dict[str, Callable[[Tensor], Q4Blocks]] = {
-    "q4_0": lambda weight: recover(weight).blocks,
-    "q4_0_reference": encode_reference,
-}
+_ENCODERS = {"q4_0": by_grid, "q4_0_reference": by_llama_cpp}
 # As shipped: an NF4 file in the public layout has no steps.
 _BITS = {"nf4": CODE_BITS["nf4"], "q4_0": Q4_0_BITS, "q4_0_reference": Q4_0_BITS}
 _BF16_BITS = 16
@@ -98,8 +93,7 @@ def _checkpoint(place: Checkpoint, settings: LoadSettings) -> PreTrainedModel:
     model = load_plain(source.folder, settings.device, settings.dtype)
     is_stored_so = place.storage == "q4_0" and bool(source.packed_modules)
     if place.storage in _ENCODERS and not is_stored_so:
-        encode = _ENCODERS[place.storage]
-        blocks = ((name, encode(_weight(source, name, settings.device))) for name in layout.grid)
+        blocks = _ENCODERS[place.storage](source, layout.grid, settings.device)
         put_blocks(model, blocks, settings.dtype)
     return model
 
@@ -109,13 +103,6 @@ def _of_nf4(held: Tensor) -> Tensor:
     if hasattr(held, "quant_state"):
         return dequantized_nf4(held)
     return torch.stack([dequantized_nf4(quantized_nf4(matrix)) for matrix in held])
-
-
-def _weight(source: Source, name: str, device: torch.device) -> Tensor:
-    """The weight as it is stored; of a packed module decoded to float32, which holds it exactly."""
-    if name in source.packed_modules:
-        return decode(packed_blocks(source, name, device), torch.float32)
-    return source.tensor(weight_key(name)).to(device)
 
 
 def _before_and_after(

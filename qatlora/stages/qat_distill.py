@@ -1,12 +1,10 @@
 """Stages of recipe=qat_distill: what llama.cpp alone would make of the base, and the new base."""
 
 import dataclasses
-from collections.abc import Iterator
 
 from qatlora import __version__
-from qatlora.base.names import weight_key
+from qatlora.base.to_q4_0 import by_llama_cpp
 from qatlora.export.checkpoint import save_checkpoint
-from qatlora.grid import Q4Blocks, encode_reference
 from qatlora.report.results import REFERENCE
 from qatlora.state import Run
 
@@ -14,14 +12,9 @@ from qatlora.state import Run
 def evaluate_reference(state: Run) -> None:
     """Score what llama-quantize makes of the checkpoint: what a user has without this recipe."""
     adapted, evaluation = state.adapted, state.evaluation
-
-    def reference() -> Iterator[tuple[str, Q4Blocks]]:
-        for name in state.base.grid:
-            weight = state.source.tensor(weight_key(name)).to(state.device)
-            yield name, encode_reference(weight)
-
+    blocks = by_llama_cpp(state.source, state.base.grid, state.device)
     with (
-        adapted.held_weights(state.dtype, reference()),
+        adapted.held_weights(state.dtype, blocks),
         state.bar(f"evaluate {REFERENCE}", evaluation.num_tokens, "tokens") as advance,
     ):
         evaluation.measure(REFERENCE, adapted.model, advance)

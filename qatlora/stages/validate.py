@@ -17,6 +17,7 @@ from qatlora.base.on_grid import on_grid_share
 from qatlora.base.others import deploy_others
 from qatlora.base.plain import put_blocks
 from qatlora.base.source import Source, read_source
+from qatlora.base.to_q4_0 import by_grid, by_llama_cpp
 from qatlora.errors import GuardFailed
 from qatlora.evaluate import mean_difference
 from qatlora.export.checkpoint import require_plain
@@ -33,7 +34,6 @@ from qatlora.report.results_validate import (
     ValidateResult,
 )
 from qatlora.state import Run
-from qatlora.validation.exports import by_grid, by_llama_cpp
 from qatlora.validation.gates import (
     EffectFigures,
     deciding_share,
