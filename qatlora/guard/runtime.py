@@ -85,6 +85,16 @@ class _Bases:
     teacher: KldBase | None
 
 
+@dataclass(frozen=True)
+class _File:
+    """A model as a file, and which of the two it is compared with."""
+
+    name: str
+    path: Path
+    to_trained: bool = True
+    to_teacher: bool = True
+
+
 def judge_in_llama_cpp(task: RuntimeTask, on_model: OnModel) -> RuntimeResult:
     """Measure the models; `on_model(1)` is called after each.
 
@@ -96,8 +106,8 @@ def judge_in_llama_cpp(task: RuntimeTask, on_model: OnModel) -> RuntimeResult:
     try:
         bases, rows = _write_bases(task, scratch)
         on_model(1)
-        for name, path in _files(task, scratch):
-            rows.append(_run(name, path, bases))
+        for file in _files(task, scratch):
+            rows.append(_run(file, bases))
             on_model(1)
     finally:
         shutil.rmtree(scratch)
@@ -123,39 +133,40 @@ def _write_bases(task: RuntimeTask, scratch: Path) -> tuple[_Bases, list[Runtime
     rows = []
     if teacher:
         rows.append(RuntimeRow(TEACHER_FP32, *_perplexity(statistics, "base"), None, None))
-    to_teacher = _kld(statistics) if teacher else None
+    to_teacher = _kld(statistics if teacher else None)
     rows.append(RuntimeRow(TRAINED_FP32, *_perplexity(statistics), None, to_teacher))
     return _Bases(trained, teacher), rows
 
 
-def _files(task: RuntimeTask, scratch: Path) -> Iterator[tuple[str, Path]]:
+def _files(task: RuntimeTask, scratch: Path) -> Iterator[_File]:
     """The files; a large one is removed as soon as nothing is made of it any more."""
     candidate = task.candidate.path
     decoded, merged, control = (scratch / f"{name}.gguf" for name in ("f32", "bf16", "control"))
     base = task.adapted.base
     convert_types(candidate, decoded, "F32")
-    yield CANDIDATE_F32, decoded
-    yield CANDIDATE, candidate
+    yield _File(CANDIDATE_F32, decoded, to_teacher=False)  # costs a run and tells nothing more
+    yield _File(CANDIDATE, candidate)
     convert_types(decoded, merged, "BF16")
     decoded.unlink()
     quantize(merged, control, task.other_type)
-    yield CONTROL, control
+    merged.unlink()
+    yield _File(CONTROL, control)
     if task.with_base:
         write_plain_gguf(base.source, base.tied, merged)
         quantize(merged, control, task.other_type)
-        yield BASE, control
+        merged.unlink()
+        yield _File(BASE, control, to_trained=False)
 
 
-def _run(name: str, path: Path, bases: _Bases) -> RuntimeRow:
-    if name == BASE:
-        assert bases.teacher is not None
-        statistics = kl_divergence(path, bases.teacher)
-        return RuntimeRow(name, *_perplexity(statistics), None, _kld(statistics))
-    statistics = kl_divergence(path, bases.trained)
-    to_teacher = None
-    if bases.teacher is not None and name != CANDIDATE_F32:  # costs a run and tells nothing more
-        to_teacher = _kld(kl_divergence(path, bases.teacher))
-    return RuntimeRow(name, *_perplexity(statistics), _kld(statistics), to_teacher)
+def _run(file: _File, bases: _Bases) -> RuntimeRow:
+    to_trained = to_teacher = None
+    if file.to_trained:
+        to_trained = kl_divergence(file.path, bases.trained)
+    if file.to_teacher and bases.teacher is not None:
+        to_teacher = kl_divergence(file.path, bases.teacher)
+    statistics = to_trained or to_teacher
+    assert statistics is not None, "a file is compared with something"
+    return RuntimeRow(file.name, *_perplexity(statistics), _kld(to_trained), _kld(to_teacher))
 
 
 def _perplexity(statistics: Statistics, whose: str = "Q") -> tuple[float, float]:
@@ -164,7 +175,9 @@ def _perplexity(statistics: Statistics, whose: str = "Q") -> tuple[float, float]
     return figure.value, figure.error
 
 
-def _kld(statistics: Statistics) -> RuntimeKld:
+def _kld(statistics: Statistics | None) -> RuntimeKld | None:
+    if statistics is None:
+        return None
     mean = statistics["Mean KLD"]
     assert mean.error is not None
     return RuntimeKld(

@@ -11,6 +11,7 @@ from qatlora.data.windows import half_scored_windows
 from qatlora.errors import ToolError
 from qatlora.guard.gates import llama_cpp_failed, llama_cpp_gates, llama_cpp_skipped
 from qatlora.guard.runtime import RuntimeTask, judge_in_llama_cpp
+from qatlora.llamacpp.kld_base import bytes_per_token
 from qatlora.llamacpp.kld_statistics import MIN_TOKENS
 from qatlora.llamacpp.tools import INSTALL, find_tool
 from qatlora.memory import available_bytes
@@ -20,7 +21,7 @@ from qatlora.state import Run
 _TOOLS = ("llama-perplexity", "llama-quantize")
 # Per parameter: the model in fp32, and as much again in llama.cpp; on disk F32, BF16 and Q4_0.
 _MEMORY_BYTES, _DISK_BYTES = 8, 7
-_BASE_FILES, _BYTES_PER_WORD = 2, 2
+_BASE_FILES = 2
 
 
 def runtime_gates(state: Run) -> list[GateResult]:
@@ -96,7 +97,7 @@ def _why_not(state: Run, rows: list[Row]) -> str | None:
 def _too_large(state: Run, num_scored: int) -> str | None:
     parameters = state.base.num_parameters
     vocab_size = state.base.model.get_output_embeddings().weight.shape[0]
-    disk = _DISK_BYTES * parameters + _BASE_FILES * _BYTES_PER_WORD * vocab_size * num_scored
+    disk = _DISK_BYTES * parameters + _BASE_FILES * bytes_per_token(vocab_size) * num_scored
     for what, needed, free in (
         ("memory", _MEMORY_BYTES * parameters, available_bytes()),
         ("disk", disk, shutil.disk_usage(state.candidate.path.parent).free),
