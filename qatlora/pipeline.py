@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from qatlora import __version__, files, processes, progress
+from qatlora import files, processes, progress
 from qatlora.adapters.attach import AdaptedModel, adapter_rule, attach, changed_share
 from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
@@ -35,7 +35,6 @@ from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
-from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.report.json_report import plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.run_folder import claimed
@@ -187,14 +186,7 @@ def _evaluate_trained(state: Run) -> None:
 
 def _write_candidate(state: Run) -> None:
     cfg, base = state.cfg, state.base
-    stamp = {
-        "version": __version__,
-        "llama_cpp": llama_cpp_version(),
-        "recipe": cfg.card.name,
-        "base": base.name,
-        "base_digest": base.digest,
-        "storage": base.storage,
-    }
+    stamp = state.stamp() | {"recipe": cfg.card.name}
     rule = state.adapted.rule
     kind = "adapter" if isinstance(rule, AdapterRule) else "latents"
     stamp[kind] = str(dataclasses.asdict(rule))

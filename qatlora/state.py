@@ -124,6 +124,17 @@ class Run:
         enabled = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    def stamp(self) -> dict[str, str]:
+        """What made an exported file: versions, base and its storage."""
+        base = self.base
+        return {
+            "version": __version__,
+            "llama_cpp": llama_cpp_version(),
+            "base": base.name,
+            "base_digest": base.digest,
+            "storage": base.storage,
+        }
+
     @contextlib.contextmanager
     def tracked(self) -> Iterator[None]:
         """Within this the run is followed; it ends as failed where anything is raised."""

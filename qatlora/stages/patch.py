@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-from qatlora import __version__
 from qatlora.adapters.attach import AdaptedModel
 from qatlora.config import AdapterKind, ExportConfig
 from qatlora.errors import ConfigError
@@ -13,7 +12,6 @@ from qatlora.export.step_patch import PatchHead, apply_patch, read_head, step_fa
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.gguf_read import read_gguf
-from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.report.results import BaseResult, ExportResult
 from qatlora.report.results_patch import PatchResult
 from qatlora.state import Run
@@ -79,15 +77,8 @@ def _export_base(state: Run, adapted: AdaptedModel) -> ExportResult:
     """A GGUF that base, storage and versions alone decide: many patches can start from it."""
     cfg, base = state.cfg, adapted.base
     settings = ExportConfig(file_name=_base_name(base.name), other_type=cfg.export.other_type)
-    stamp = {
-        "version": __version__,
-        "llama_cpp": llama_cpp_version(),
-        "base": base.name,
-        "base_digest": base.digest,
-        "storage": base.storage,
-    }
     with adapted.as_base(), state.bar("write base", len(base.grid), "tensors") as advance:
-        candidate = write_candidate(adapted, settings, state.run_dir, stamp, advance)
+        candidate = write_candidate(adapted, settings, state.run_dir, state.stamp(), advance)
         recorded = adapted.deployed_digests()
         gate = identity_gate(candidate, adapted.deployed(), recorded, cfg.guard)
     return export.publish(candidate, permit(candidate, verdict([gate], None)))
