@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from adapter_cases import IN, NAMES, OUT, RULE, RULES, adapter, factor_gradients
+from adapter_cases import (
+    IN,
+    NAMES,
+    OUT,
+    RULE,
+    RULES,
+    adapter,
+    factor_gradients,
+    random_blocks,
+    store_of,
+)
 from torch import Tensor
 
 from qatlora.adapters.deployed import AdapterRule, deployed_dense
 from qatlora.adapters.layer import GridAdapter
+from qatlora.base.linear import GridLinear
 
 
 def dense_surrogate(layer: GridAdapter, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
@@ -109,3 +120,24 @@ def test_kept_blocks_give_the_same_gradients_as_computed_ones(rule: AdapterRule)
     layer.keeps_blocks = True
     for name, grad in run(layer, x, grad_y).items():
         assert torch.equal(grad, computed[name]), name
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, OUT)], ids=["plain", "bias"])
+@pytest.mark.parametrize("on_grid", [True, False])
+def test_a_frozen_layer_is_a_linear_of_its_decoded_blocks_and_keeps_nothing(
+    on_grid: bool, bias: Tensor | None
+) -> None:
+    layer = GridLinear("model.x", store_of(random_blocks(), on_grid=on_grid), bias)
+    weight = deployed_dense(layer, torch.float32)
+    torch.manual_seed(3)
+    x, grad_y = torch.randn(2, 5, IN), torch.randn(2, 5, OUT)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(ours)
+    assert saved == []
+    expected = plain @ weight.T if bias is None else plain @ weight.T + bias
+    assert torch.equal(y, expected)
+    y.backward(grad_y)
+    expected.backward(grad_y)
+    assert torch.equal(ours.grad, plain.grad)
