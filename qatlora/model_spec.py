@@ -80,10 +80,15 @@ def parse_vanilla(place: str) -> ModelSpec:
     """The ordinary checkpoint that a QAT base was trained from, stored as NF4.
 
     Raises:
-        ConfigError: no such file or folder, or a storage is given with it.
+        ConfigError: no such folder, no checkpoint, or a storage is given with it.
     """
-    (spec,) = parse_models("fidelity.vanilla", [f"{place}@nf4"])
-    return replace(spec, name="vanilla")
+    (spec,) = parse_models("fidelity.vanilla", [place])
+    if spec.storage is not None or spec.kind in _WHY_FIXED:
+        raise ConfigError(
+            f"fidelity.vanilla={place}: this must be a plain checkpoint, which is stored as NF4 "
+            "for the table. Give its folder, hub:ID or embedded:NAME, without @STORAGE."
+        )
+    return replace(spec, text=f"{place}@nf4", storage="nf4", name="vanilla")
 
 
 def _parse(key: str, text: str) -> ModelSpec:

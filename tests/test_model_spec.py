@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qatlora.errors import ConfigError
-from qatlora.model_spec import STORAGES, ModelSpec, parse_models
+from qatlora.model_spec import STORAGES, ModelSpec, parse_models, parse_vanilla
 
 
 @pytest.fixture
@@ -65,3 +65,14 @@ def test_what_names_no_model_is_refused_with_a_remedy(places, texts, words):
     with pytest.raises(ConfigError, match="fidelity.models") as refused:
         parse_models("fidelity.models", texts)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["nf4", "model@nf4", "file.Q4_K_M.gguf", "run"])
+def test_what_is_no_ordinary_checkpoint_is_no_vanilla_one(places, place):
+    with pytest.raises(ConfigError, match=rf"^fidelity\.vanilla={place}: .*without @STORAGE"):
+        parse_vanilla(place)
+
+
+def test_a_vanilla_checkpoint_that_is_not_there_is_named_as_it_was_given(places):
+    with pytest.raises(ConfigError, match=r"'nowhere/model' is neither"):
+        parse_vanilla("nowhere/model")
