@@ -1,3 +1,5 @@
+import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -28,6 +30,23 @@ def test_every_dependency_is_pinned_to_a_version_that_needs_no_index_of_its_own(
         name = canonical(re.match(r"[\w.-]+", requirement).group())
         assert name in pins()
     assert not [version for version in pins().values() if "+" in version]
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = {canonical(re.match(r"[\w.-]+", line).group()) for line in PROJECT["dependencies"]}
+    installed = importlib.metadata.packages_distributions()
+    nodes = [
+        node
+        for path in (ROOT / "qatlora").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+    ]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+    packages -= {"qatlora", "conversion"}  # the latter is a folder of llama.cpp's source
+    assert {"torch", "yaml"} < packages
+    for package in packages:
+        assert declared & set(map(canonical, installed[package])), package
 
 
 def test_the_pins_name_no_cuda_library():
