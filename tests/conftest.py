@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from pipeline_cases import write_data
 from sample_text import sentences
 from tiny_layouts import MULTIMODAL, SPREAD
 from transformers import (
@@ -61,6 +62,12 @@ def _fetch_llama_cpp() -> str:
     except ToolError as error:
         return str(error)
     return ""
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Conversations and general text (see `write_data`); read-only: the whole session's."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline_cases import settings, write_data
+from pipeline_cases import settings
 from sample_text import sentences
 from tiny_layouts import MULTIMODAL
 
@@ -31,11 +31,6 @@ CASES = [(Storage.nf4, AdapterKind.lora), (Storage.q4_0, AdapterKind.steps)]
 OTHER_CASES = [(Storage.nf4, AdapterKind.steps), (Storage.q4_0, AdapterKind.lora)]
 RUNS = [(layout, case) for layout in MULTIMODAL for case in CASES]
 RUNS += [("gemma4_experts", case) for case in OTHER_CASES]
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.llama_cpp

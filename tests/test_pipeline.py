@@ -5,18 +5,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from pipeline_cases import STAGES, settings, write_data
+from pipeline_cases import STAGES, settings
 
 from qatlora import pipeline
 from qatlora.config import AdapterKind, Rounding, Storage, TeacherKind
 from qatlora.errors import AdapterError, GuardFailed
 from qatlora.report.json_report import load_schema
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
-
 
 CASES = [
     (Storage.nf4, AdapterKind.lora, Rounding.frozen),

@@ -4,6 +4,8 @@ Widths are multiples of 32. Each has layers that slide and one that is full, and
 model has; their weights are never looked at. Vocabulary sizes are those of the tokenizer.
 """
 
+from typing import Any
+
 from transformers import Gemma3Config, Gemma4Config, Gemma4UnifiedConfig, PreTrainedConfig
 
 SPREAD = 0.1
@@ -43,7 +45,7 @@ def _gemma3(vocab_size: int) -> PreTrainedConfig:
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
 
 
-def _gemma4_dense(vocab_size: int) -> PreTrainedConfig:
+def _gemma4_dense(vocab_size: int, experts: dict[str, Any] | None = None) -> PreTrainedConfig:
     """As 31B: no v_proj in full layers, no audio."""
     text = _GEMMA4_TEXT | {
         "vocab_size": vocab_size,
@@ -52,23 +54,18 @@ def _gemma4_dense(vocab_size: int) -> PreTrainedConfig:
         "attention_k_eq_v": True,
         "use_bidirectional_attention": "vision",
     }
-    return Gemma4Config(text_config=text, vision_config=_GEMMA4_VISION)
+    return Gemma4Config(text_config=text | (experts or {}), vision_config=_GEMMA4_VISION)
 
 
 def _gemma4_experts(vocab_size: int) -> PreTrainedConfig:
     """As 26B-A4B: in each layer experts beside the MLP, two of five for each token."""
-    text = _GEMMA4_TEXT | {
-        "vocab_size": vocab_size,
-        "hidden_size_per_layer_input": 0,
-        "num_global_key_value_heads": 1,
-        "attention_k_eq_v": True,
-        "use_bidirectional_attention": "vision",
+    experts = {
         "enable_moe_block": True,
         "num_experts": 5,
         "top_k_experts": 2,
         "moe_intermediate_size": 96,
     }
-    return Gemma4Config(text_config=text, vision_config=_GEMMA4_VISION)
+    return _gemma4_dense(vocab_size, experts)
 
 
 def _gemma4_per_layer(vocab_size: int) -> PreTrainedConfig:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from fidelity_cases import compare
 from loaded_cases import adapted_model, on_grid_folder
-from pipeline_cases import write_data
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -20,11 +19,6 @@ from qatlora.data.measured import measured_texts
 from qatlora.errors import DataError
 from qatlora.report.json_report import load_schema
 from qatlora.report.results import RunReport
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +41,16 @@ def other_folder(tiny_gemma3_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def report(
-    tiny_gemma3_folder: Path, other_folder: Path, data: dict[str, Path], run_dir: Path
+    tiny_gemma3_folder: Path, other_folder: Path, files: dict[str, Path], run_dir: Path
 ) -> RunReport:
     save_adapter(adapted_model(tiny_gemma3_folder, "q4_0"), run_dir / "trained" / "adapter")
     models = ["bf16", str(other_folder), "q4_0_reference", str(run_dir / "trained")]
-    return compare(tiny_gemma3_folder, data, run_dir, models=models)
+    return compare(tiny_gemma3_folder, files, run_dir, models=models)
 
 
-def test_the_kld_is_that_of_full_logits(tiny_gemma3_folder, other_folder, data, report):
-    settings = DataConfig(kind=DataKind.jsonl, path=str(data["chats"]))
-    names = [str(data["text"]), "chats"]
+def test_the_kld_is_that_of_full_logits(tiny_gemma3_folder, other_folder, files, report):
+    settings = DataConfig(kind=DataKind.jsonl, path=str(files["chats"]))
+    names = [str(files["text"]), "chats"]
     texts, _ = measured_texts(names, settings, load_tokenizer(tiny_gemma3_folder), 64, 400)
     both = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -116,10 +110,10 @@ def test_the_page_needs_nothing_from_outside(report, run_dir):
     assert not re.search(r"https?:|@import|<script|<link", page)
 
 
-def test_a_checkpoint_on_its_grid_loses_nothing_in_q4_0(tiny_gemma3_folder, data, tmp_path):
+def test_a_checkpoint_on_its_grid_loses_nothing_in_q4_0(tiny_gemma3_folder, files, tmp_path):
     on_grid_folder(tiny_gemma3_folder, tmp_path / "base")
     report = compare(
-        tmp_path / "base", data, tmp_path / "run", models=["q4_0", "nf4"], precision=Precision.bf16
+        tmp_path / "base", files, tmp_path / "run", models=["q4_0", "nf4"], precision=Precision.bf16
     )
     ours, nf4 = model_named(report, "q4_0"), model_named(report, "nf4")
     assert {text.kld.max for text in ours.texts.values()} == {0.0}
@@ -127,10 +121,10 @@ def test_a_checkpoint_on_its_grid_loses_nothing_in_q4_0(tiny_gemma3_folder, data
 
 
 def test_two_references_are_run_one_after_the_other(
-    tiny_gemma3_folder, other_folder, data, tmp_path
+    tiny_gemma3_folder, other_folder, files, tmp_path
 ):
     models = [f"{other_folder}@q4_0_reference", "q4_0_reference"]
-    fidelity = compare(tiny_gemma3_folder, data, tmp_path, models=models).fidelity
+    fidelity = compare(tiny_gemma3_folder, files, tmp_path, models=models).fidelity
     assert [each.name for each in fidelity.references] == [f"{other_folder.name}@bf16", "bf16"]
     assert [model.reference for model in fidelity.models] == [
         f"{other_folder.name}@bf16",
@@ -139,10 +133,10 @@ def test_two_references_are_run_one_after_the_other(
 
 
 def test_a_text_that_is_not_there_is_refused_before_any_model_is_loaded(
-    tiny_gemma3_folder, data, tmp_path
+    tiny_gemma3_folder, files, tmp_path
 ):
     with pytest.raises(DataError, match="must be one of wiki"):
-        compare(tiny_gemma3_folder, data, tmp_path, texts=["wikki"])
+        compare(tiny_gemma3_folder, files, tmp_path, texts=["wikki"])
 
 
 def model_named(report: RunReport, name: str):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fidelity_cases import compare, settings
 from loaded_cases import adapted_model, candidate_of
-from pipeline_cases import write_data
 from transformers import LlamaConfig
 
 from qatlora import pipeline
@@ -26,11 +25,6 @@ OF_RUN = {"llama_cpp": True, "window_tokens": 128}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def gguf(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter's Q4_0 decoded to F32, which llama.cpp multiplies without rounding activations."""
     folder = tmp_path_factory.mktemp("gguf")
@@ -43,11 +37,11 @@ def gguf(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def report(
     tiny_llama_folder: Path,
     gguf: Path,
-    data: dict[str, Path],
+    files: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> RunReport:
     run_dir = tmp_path_factory.mktemp("run")
-    report = compare(tiny_llama_folder, data, run_dir, models=["q4_0", str(gguf)], **OF_RUN)
+    report = compare(tiny_llama_folder, files, run_dir, models=["q4_0", str(gguf)], **OF_RUN)
     assert not [path for path in run_dir.iterdir() if path.is_dir()]
     assert "here and in llama.cpp" in (run_dir / "report.md").read_text("utf-8")
     assert "<h2>In llama.cpp</h2>" in (run_dir / "report.html").read_text("utf-8")
@@ -55,12 +49,14 @@ def report(
 
 
 @pytest.mark.llama_cpp
-def test_both_columns_are_one_model_against_one_reference(report: RunReport, data: dict[str, Path]):
+def test_both_columns_are_one_model_against_one_reference(
+    report: RunReport, files: dict[str, Path]
+):
     stored, file = report.fidelity.models
     assert stored.llama_cpp == {}
     (found,) = file.llama_cpp.items()  # conversations are no full windows
     name, text = found
-    assert name == data["text"].name
+    assert name == files["text"].name
     assert text.tokens == text.windows * 63 >= MIN_TOKENS
     lines = {line.label: line for line in text.lines}
     assert len(lines) == 34
@@ -98,13 +94,13 @@ def test_the_second_halves_of_full_windows_are_found_among_the_scores():
 
 def test_what_cannot_be_judged_is_refused_before_any_model_is_loaded(
     tiny_llama_folder: Path,
-    data: dict[str, Path],
+    files: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     (tmp_path / "llama-perplexity").touch()
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
-    cfg = settings(tiny_llama_folder, data, tmp_path / "run", models=["q4_0"], **OF_RUN)
+    cfg = settings(tiny_llama_folder, files, tmp_path / "run", models=["q4_0"], **OF_RUN)
     with pytest.raises(FidelityError, match=r"no GGUF file among .*Add FILE\.gguf"):
         pipeline.run(cfg)
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path / "nowhere"))
@@ -126,12 +122,12 @@ def test_a_file_that_begins_its_windows_with_another_token_is_refused(
 
 @pytest.mark.llama_cpp
 def test_texts_without_full_windows_are_refused(
-    tiny_llama_folder: Path, gguf: Path, data: dict[str, Path], tmp_path: Path
+    tiny_llama_folder: Path, gguf: Path, files: dict[str, Path], tmp_path: Path
 ):
     with pytest.raises(FidelityError, match=r"fills enough windows.*needs 100 tokens\. Add wiki"):
         compare(
             tiny_llama_folder,
-            data,
+            files,
             tmp_path,
             models=[str(gguf)],
             texts=["chats"],

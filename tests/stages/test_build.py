@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from loaded_cases import built_folder, on_grid_folder
-from pipeline_cases import STAGES, settings, write_data
+from pipeline_cases import STAGES, settings
 
 from qatlora import pipeline
 from qatlora.base.source import read_source
@@ -16,11 +16,6 @@ from qatlora.export.checkpoint import require_plain
 from qatlora.files import SUMS
 from qatlora.inspection.tensors import require_weights
 from qatlora.report.results import RunReport
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.llama_cpp

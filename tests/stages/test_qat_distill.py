@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from pipeline_cases import DISTILL_STAGES, distill, settings, write_data
+from pipeline_cases import DISTILL_STAGES, distill, settings
 
 from qatlora import pipeline
 from qatlora.config import (
@@ -18,11 +18,6 @@ from qatlora.config import (
 from qatlora.config.rules import validate
 from qatlora.errors import ConfigError, GuardFailed, TrainError
 from qatlora.report.json_report import load_schema
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.llama_cpp

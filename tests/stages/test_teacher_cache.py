@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 from loaded_cases import edited_folder, on_grid_folder
-from pipeline_cases import STAGES, settings, write_data
+from pipeline_cases import STAGES, settings
 from safetensors import safe_open
 
 from qatlora import pipeline
@@ -31,11 +31,6 @@ from qatlora.report.results import RunReport
 TRAINED = STAGES[: STAGES.index("train") + 1]
 ALL_WORDS = 383
 """Words of a tiny vocabulary but one: a cache that loses nothing but the digits of float16."""
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from loaded_cases import (
     on_grid_folder,
 )
 from peft import LoraConfig, get_peft_model
-from pipeline_cases import settings, write_data
+from pipeline_cases import settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -41,11 +41,6 @@ from qatlora.validation.gates import EffectFigures, effect_gate, kept_effect
 from qatlora.validation.types import damage_by_type
 
 STAGES = ["preflight", "load_data", "validate", "report", "decide"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
