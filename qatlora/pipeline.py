@@ -28,7 +28,7 @@ from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, save_adapter
 from qatlora.base.load import load_base
 from qatlora.base.others import deploy_others
-from qatlora.config import RootConfig, Trained
+from qatlora.config import Latent, RootConfig, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import training_template
 from qatlora.evaluate import ScoreSettings
@@ -128,7 +128,8 @@ def _load_base(state: Run) -> None:
 def _attach(state: Run) -> None:
     cfg = state.cfg
     if cfg.distill.train is Trained.weights:
-        state.adapted = attach_latents(state.base, LatentRule(cfg.distill.steps.name))
+        dtype = torch.bfloat16 if cfg.distill.latent is Latent.bf16 else torch.float32
+        state.adapted = attach_latents(state.base, LatentRule(cfg.distill.steps.name), dtype)
     elif cfg.adapter.path is None:
         state.adapted = attach(state.base, adapter_rule(cfg.adapter, cfg.seed))
     else:

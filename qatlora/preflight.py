@@ -19,7 +19,15 @@ from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
 from qatlora.benchmark.adapters import most_trials
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
+from qatlora.config import (
+    BenchmarkSuite,
+    Latent,
+    Precision,
+    RootConfig,
+    Storage,
+    TeacherKind,
+    Trained,
+)
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
@@ -28,7 +36,7 @@ from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
     BF16_BYTES,
     FP32_BYTES,
-    LATENT_BYTES,
+    MOMENTS_BYTES,
     Job,
     footprint,
 )
@@ -50,7 +58,6 @@ _TEACHERS = {
     TeacherKind.none: "none",
 }
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
-_CHECKPOINT_BYTES = LATENT_BYTES - FP32_BYTES  # of a trained weight: all but its gradient
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 _VALIDATED_MODELS = 4  # the base, the merge, and it by both ways to Q4_0
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
@@ -72,6 +79,8 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
     return Job(
         storage=cfg.storage.kind.name,
         adapter=None if cfg.distill.train is Trained.weights else adapter.kind.name,
+        trained_bytes=_trained_bytes(cfg),
+        optimizer=cfg.train.optimizer.name,
         rank=adapter.rank,
         steps_rank=adapter.steps_rank or adapter.rank,
         tokens=cfg.train.micro_batch_rows * cfg.data.max_length_tokens,
@@ -83,6 +92,12 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         loads_dense=loads_dense,
         on_host=on_host,
     )
+
+
+def _trained_bytes(cfg: RootConfig) -> int:
+    """Of a trained parameter: adapters are float32, weights what they are held in."""
+    in_bf16 = cfg.distill.train is Trained.weights and cfg.distill.latent is Latent.bf16
+    return BF16_BYTES if in_bf16 else FP32_BYTES
 
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
@@ -114,7 +129,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
     num_files = 3 if cfg.export.patch else 2  # the base's own is one more
     disk = num_files * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
-    disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
+    in_checkpoint = _trained_bytes(cfg) + MOMENTS_BYTES[cfg.train.optimizer.name]
+    disk += num_latents * _CHECKPOINTS * in_checkpoint
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES
     flops = _flops(cfg, layout, shape.hidden_size * shape.vocab_size)

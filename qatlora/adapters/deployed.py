@@ -6,7 +6,7 @@ A deployed weight is ``step * level``. An adapter of kind
     steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
     both    moves the levels by the base's steps, then the steps
 
-Without an adapter the weights themselves may be trained, as float32 latents w over frozen base
+Without an adapter the weights themselves may be trained, as latents w over frozen base
 steps (`LatentRule`): level = clamp(round(w / step), -8, 7), and the steps stay, move by a factor of
 their own, or are chosen anew with the levels by llama.cpp's rule.
 
@@ -129,7 +129,7 @@ def _of_latents(layer: "LatentLinear") -> Q4Blocks:
     if layer.settled is not None:
         return layer.settled
     if layer.rule.steps == "recomputed":
-        return encode_reference(layer.latent)
+        return encode_reference(layer.latent.float())
     # A product with the reciprocal, not a quotient: eight times faster, and a decoded level still
     # comes back, because half a level is far more than a rounding.
     per_step = reciprocal(layer.steps).unsqueeze(-1)

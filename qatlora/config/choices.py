@@ -128,6 +128,20 @@ class LatentSteps(Enum):
     learned = "learned"
 
 
+class Latent(Enum):
+    """How trained weights are held: bf16 takes half the memory, and is rounded stochastically."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Optimizer(Enum):
+    """AdamW with moments in float32, or bitsandbytes' with moments of 8 bits."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+
+
 class Effect(Enum):
     """What a run must have improved: the held-out chats' loss, or the KLD to the teacher."""
 

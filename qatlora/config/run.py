@@ -9,8 +9,10 @@ from qatlora.config.choices import (
     Dither,
     DivergenceKind,
     Effect,
+    Latent,
     LatentSteps,
     LrScheduler,
+    Optimizer,
     OtherType,
     Precision,
     ReportTo,
@@ -150,6 +152,8 @@ class DistillConfig:
     train: Trained = Trained.adapters
     steps: LatentSteps = LatentSteps.frozen
     """Where the steps of trained weights come from; for train=weights."""
+    latent: Latent = Latent.fp32
+    """Precision of trained weights between the steps; for train=weights."""
 
 
 @dataclass
@@ -162,6 +166,7 @@ class TrainConfig:
     """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
     steps_learning_rate: float = 1e-2
     """Peak rate of what moves the steps: low-rank factors, or a relative change per block."""
+    optimizer: Optimizer = Optimizer.adamw
     lr_scheduler: LrScheduler = LrScheduler.cosine
     warmup_ratio: float = 0.1
     """Share of max_steps in which the rate rises from zero."""

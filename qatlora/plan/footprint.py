@@ -20,8 +20,8 @@ BF16_BYTES = 2
 FP32_BYTES = 4
 # Where a trained layer keeps its blocks until the backward pass: int8 levels and their steps.
 _KEPT_BLOCK_BITS = 8 + STEP_BITS
-# Of a trained weight: itself, its gradient and two moments.
-LATENT_BYTES = 4 * FP32_BYTES
+# Of AdamW's two moments of a parameter; in 8 bits there is a scale for each 256.
+MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 256)}
 # While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
 _WORKSPACE_BYTES_PER_WEIGHT = BF16_BYTES + 1
 _TILE_BYTES = 64e6
@@ -35,6 +35,8 @@ class Job:
     Attributes:
         storage: nf4, q4_0 or bf16.
         adapter: lora, steps or both; None where the weights themselves are trained.
+        trained_bytes: of a trained parameter, and of its gradient.
+        optimizer: adamw or adamw_8bit.
         rank: of the factors of the levels.
         steps_rank: of those of the steps.
         tokens: of a micro-batch: rows times their length.
@@ -51,6 +53,8 @@ class Job:
 
     storage: str
     adapter: str | None = "lora"
+    trained_bytes: int = FP32_BYTES
+    optimizer: str = "adamw"
     rank: int = 16
     steps_rank: int = 16
     tokens: int = 1024
@@ -71,7 +75,7 @@ class Footprint:
         weights: codes of the Q4_0 list, without steps.
         steps: theirs.
         others: embeddings, norms and towers, in bf16.
-        adapter: trainable parameters, float32.
+        adapter: trainable parameters.
         gradients: theirs.
         optimizer: two moments of AdamW.
         activations: kept for the backward pass by one micro-batch, and one layer's gradients.
@@ -180,8 +184,12 @@ def _course(shape: ModelShape, job: Job) -> dict[str, float]:
         trained = num_weights(shape.trained)
     else:
         trained = shape.adapter_parameters(job.adapter, job.rank, job.steps_rank)
-    one = trained * FP32_BYTES
-    return {"adapter": one, "gradients": one, "optimizer": LATENT_BYTES * trained - 2 * one}
+    one = trained * job.trained_bytes
+    return {
+        "adapter": one,
+        "gradients": one,
+        "optimizer": trained * MOMENTS_BYTES[job.optimizer],
+    }
 
 
 def _block_bytes(shape: ModelShape, job: Job) -> float:
