@@ -19,15 +19,7 @@ from qatlora.base.source import Source
 from qatlora.base.stores import CODE_BITS, Q4_0_BITS, STEP_BITS
 from qatlora.benchmark.adapters import most_trials
 from qatlora.benchmark.methods import chosen_methods
-from qatlora.config import (
-    BenchmarkSuite,
-    Latent,
-    Precision,
-    RootConfig,
-    Storage,
-    TeacherKind,
-    Trained,
-)
+from qatlora.config import BenchmarkSuite, Precision, RootConfig, Storage, TeacherKind, Trained
 from qatlora.distill import LossSettings
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ResourceError
@@ -36,6 +28,7 @@ from qatlora.memory import available_bytes
 from qatlora.plan.footprint import (
     BF16_BYTES,
     FP32_BYTES,
+    LATENT_BYTES,
     MOMENTS_BYTES,
     Job,
     footprint,
@@ -79,7 +72,7 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
     return Job(
         storage=cfg.storage.kind.name,
         adapter=None if cfg.distill.train is Trained.weights else adapter.kind.name,
-        trained_bytes=_trained_bytes(cfg),
+        latent=cfg.distill.latent.name,
         optimizer=cfg.train.optimizer.name,
         rank=adapter.rank,
         steps_rank=adapter.steps_rank or adapter.rank,
@@ -92,12 +85,6 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         loads_dense=loads_dense,
         on_host=on_host,
     )
-
-
-def _trained_bytes(cfg: RootConfig) -> int:
-    """Of a trained parameter: adapters are float32, weights what they are held in."""
-    in_bf16 = cfg.distill.train is Trained.weights and cfg.distill.latent is Latent.bf16
-    return BF16_BYTES if in_bf16 else FP32_BYTES
 
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
@@ -129,7 +116,7 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
     num_files = 3 if cfg.export.patch else 2  # the base's own is one more
     disk = num_files * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
-    in_checkpoint = _trained_bytes(cfg) + MOMENTS_BYTES[cfg.train.optimizer.name]
+    in_checkpoint = LATENT_BYTES[cfg.distill.latent.name] + MOMENTS_BYTES[cfg.train.optimizer.name]
     disk += num_latents * _CHECKPOINTS * in_checkpoint
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES

@@ -20,6 +20,8 @@ BF16_BYTES = 2
 FP32_BYTES = 4
 # Where a trained layer keeps its blocks until the backward pass: int8 levels and their steps.
 _KEPT_BLOCK_BITS = 8 + STEP_BITS
+# Of a weight that is trained itself, and of its gradient.
+LATENT_BYTES = {"fp32": FP32_BYTES, "bf16": BF16_BYTES}
 # Of AdamW's two moments of a parameter; in 8 bits there is a scale for each 256.
 MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 256)}
 # While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
@@ -35,7 +37,7 @@ class Job:
     Attributes:
         storage: nf4, q4_0 or bf16.
         adapter: lora, steps or both; None where the weights themselves are trained.
-        trained_bytes: of a trained parameter, and of its gradient.
+        latent: fp32 or bf16, where the weights themselves are trained.
         optimizer: adamw or adamw_8bit.
         rank: of the factors of the levels.
         steps_rank: of those of the steps.
@@ -53,7 +55,7 @@ class Job:
 
     storage: str
     adapter: str | None = "lora"
-    trained_bytes: int = FP32_BYTES
+    latent: str = "fp32"
     optimizer: str = "adamw"
     rank: int = 16
     steps_rank: int = 16
@@ -75,6 +77,7 @@ class Footprint:
         weights: codes of the Q4_0 list, without steps.
         steps: theirs.
         others: embeddings, norms and towers, in bf16.
+        replaced: of the weights, what latents take the place of; the blocks stay.
         adapter: trainable parameters.
         gradients: theirs.
         optimizer: two moments of AdamW.
@@ -92,6 +95,7 @@ class Footprint:
     weights: float
     steps: float
     others: float
+    replaced: float
     adapter: float
     gradients: float
     optimizer: float
@@ -111,6 +115,11 @@ class Footprint:
         return self.weights + self.steps + self.others
 
     @property
+    def attached(self) -> float:
+        """The base from then on, below what is trained."""
+        return self.base - self.replaced
+
+    @property
     def load(self) -> float:
         """Peak while loading."""
         return self.base + self.dense + self.teacher + self.workspace
@@ -120,17 +129,17 @@ class Footprint:
         """Peak of a training step."""
         course = self.adapter + self.gradients + self.optimizer
         step = self.activations + self.blocks + self.loss + self.workspace
-        return self.base + self.teacher + course + step
+        return self.attached + self.teacher + course + step
 
     @property
     def evaluate(self) -> float:
         """Peak of an evaluation before training."""
-        return self.base + self.adapter + self.teacher + self.held + self.workspace
+        return self.attached + self.adapter + self.teacher + self.held + self.workspace
 
     @property
     def export(self) -> float:
         """Peak of export and guard."""
-        ours, file = self.base + self.adapter, self.read_back
+        ours, file = self.attached + self.adapter, self.read_back
         together = ours + file if self.base_stays else max(ours, file)
         return max(ours + self.held, together) + self.workspace
 
@@ -154,6 +163,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         weights=weights,
         steps=shape.num_grid_weights * STEP_BITS / 8,
         others=others,
+        replaced=_replaced_bytes(shape, job),
         **_course(shape, job),
         activations=job.tokens * (shape.kept.total(checkpointing=job.checkpointing) + one_layer),
         blocks=_block_bytes(shape, job),
@@ -178,18 +188,20 @@ def _dense_weights(shape: ModelShape, job: Job) -> int:
     return shape.num_grid_weights if job.loads_dense else 0
 
 
+def _replaced_bytes(shape: ModelShape, job: Job) -> float:
+    if job.adapter is not None:
+        return 0.0
+    return num_weights(shape.trained) * (CODE_BITS[job.storage] - CODE_BITS["q4_0"]) / 8
+
+
 def _course(shape: ModelShape, job: Job) -> dict[str, float]:
     """Parameters, gradients and moments."""
     if job.adapter is None:
         trained = num_weights(shape.trained)
     else:
         trained = shape.adapter_parameters(job.adapter, job.rank, job.steps_rank)
-    one = trained * job.trained_bytes
-    return {
-        "adapter": one,
-        "gradients": one,
-        "optimizer": trained * MOMENTS_BYTES[job.optimizer],
-    }
+    one = trained * (FP32_BYTES if job.adapter else LATENT_BYTES[job.latent])
+    return {"adapter": one, "gradients": one, "optimizer": trained * MOMENTS_BYTES[job.optimizer]}
 
 
 def _block_bytes(shape: ModelShape, job: Job) -> float:

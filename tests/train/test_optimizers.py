@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qatlora.adapters.model import ParameterGroups
 from qatlora.config import Optimizer, TrainConfig
+from qatlora.plan.footprint import MOMENTS_BYTES
 from qatlora.train.optimizers import RoundedAdamW, build_optimizer, round_stochastically
 
 NUM_WEIGHTS = 1 << 14
@@ -99,6 +100,17 @@ def test_moments_of_8_bits_move_weights_as_those_of_32_do(dtype: torch.dtype) ->
 def test_float32_with_adamw_is_torchs_own() -> None:
     weight = weights(torch.float32)
     assert type(optimizer_of(weight, "adamw")) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_take_what_the_plan_counts(dtype: torch.dtype, kind: str) -> None:
+    weight = weights(dtype)
+    optimizer = optimizer_of(weight, kind)
+    take_steps(optimizer, weight, range(1))
+    held = {name: one for name, one in optimizer.state[weight].items() if "map" not in name}
+    taken = sum(one.nbytes for one in held.values() if isinstance(one, Tensor) and one.ndim)
+    assert taken == NUM_WEIGHTS * MOMENTS_BYTES[kind]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
