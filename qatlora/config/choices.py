@@ -129,7 +129,7 @@ class LatentSteps(Enum):
 
 
 class Latent(Enum):
-    """How trained weights are held: bf16 takes half the memory, and is rounded stochastically."""
+    """Precision of trained weights between two steps."""
 
     fp32 = "fp32"
     bf16 = "bf16"

@@ -153,7 +153,7 @@ class DistillConfig:
     steps: LatentSteps = LatentSteps.frozen
     """Where the steps of trained weights come from; for train=weights."""
     latent: Latent = Latent.fp32
-    """Precision of trained weights between the steps; for train=weights."""
+    """How trained weights are held; bf16 is rounded stochastically. For train=weights."""
 
 
 @dataclass
