@@ -40,6 +40,7 @@ from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build
+from qatlora.stages.curve import curve_scorer
 from qatlora.stages.fidelity import fidelity
 from qatlora.stages.guard import guard
 from qatlora.stages.inspect import inspect
@@ -161,6 +162,7 @@ def _train(state: Run) -> None:
             bf16=state.dtype == torch.bfloat16,
             on_step=advance,
             on_point=state.tracker.log,
+            on_eval=curve_scorer(state),
         )
     state.adapted.settle()
     state.recorded = state.adapted.deployed_digests()
