@@ -6,8 +6,8 @@
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, preview_data,
 benchmark, fidelity and validate are one stage between preflight and report, the builds two (build,
 fidelity), teacher_cache one after load_data, plan and apply_patch one before report; decide ends
-validate with its exit code. Those stages, the longer ones among the above, and where a run's
-teacher comes from are told in `qatlora.stages`. The doctor runs without this file
+validate with its exit code. Those stages, the longer ones among the above, scores while training,
+and where a run's teacher comes from are told in `qatlora.stages`. The doctor runs without this file
 (`qatlora.doctor`).
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the

@@ -82,7 +82,10 @@ class TokenScores:
 
     def first(self, num_tokens: int) -> "TokenScores":
         """Scores of the first tokens."""
-        columns = {name: None if column is None else column[:num_tokens] for name, column in vars(self).items()}
+        columns = {
+            name: None if column is None else column[:num_tokens]
+            for name, column in vars(self).items()
+        }
         return TokenScores(**columns)
 
 

@@ -32,7 +32,8 @@ def curve_figure(points: Sequence[CurvePoint], levels: Sequence[CurveLevel]) -> 
         _draw(axis, points, levels, value)
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
         axis.xaxis.set_major_locator(whole_numbers())
-        axis.legend(frameon=False, fontsize="small")
+    # The last panel has every line of the others.
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

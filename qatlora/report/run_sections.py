@@ -91,7 +91,7 @@ def curve_line(points: Sequence[CurvePoint]) -> str:
     tokens = {point.text: point.tokens for point in points}
     counts = ", ".join(f"{inline(text)} {format_count(n)}" for text, n in tokens.items())
     return (
-        f"The deployed model while it trained, on the first tokens of each held-out text ({counts}). "
+        f"The deployed model in training, on the first tokens of each held-out text: {counts}. "
         "Bands are one standard error of the level, which all points of a text share."
     )
 

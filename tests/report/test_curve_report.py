@@ -45,7 +45,7 @@ def test_the_report_is_valid_and_names_the_tokens(curve_report: RunReport) -> No
     Draft202012Validator(load_schema()).validate(document)
     assert "curve" not in document["train"]
     text = to_markdown(curve_report, [CURVE_PLOT])
-    assert "(task 1,020, general 1,020)" in text
+    assert "text: task 1,020, general 1,020. " in text
     assert f"({CURVE_PLOT})" in text
 
 

@@ -38,9 +38,7 @@ def distilled(
     folder = tmp_path_factory.mktemp("distilled")
     return {
         every: pipeline.run(
-            course(
-                distill(tiny_gemma3_folder, files, folder / str(every)), DISTILL_STAGES, every
-            )
+            course(distill(tiny_gemma3_folder, files, folder / str(every)), DISTILL_STAGES, every)
         )
         for every in (0, 2)
     }
