@@ -27,6 +27,7 @@ TEXTS = ("task", "general")
 MODELS = ("base", "trained", "merged")
 # Measured by some recipes only: llama.cpp's own Q4_0 of the bf16 weights.
 REFERENCE = "reference"
+# Known by its states alone; its perplexity stands beside theirs.
 TEACHER = "teacher"
 
 
