@@ -116,7 +116,7 @@ class _Stand:
         self._model = adapted.model.train()
         if job.train.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = build_optimizer(adapted, job.train, job.seed)
+        self._optimizer = build_optimizer(adapted.parameter_groups(), job.train, job.seed)
         self._head = LmHead.of(self._model).to(job.ground.compute_dtype)
         self._settings = LossSettings(compute_dtype=job.ground.compute_dtype)
         self._vocab_size = self._head.vocab_size

@@ -13,7 +13,7 @@ Sources: Gupta et al., "Deep Learning with Limited Numerical Precision", 2015, f
 Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021, for the moments.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -27,29 +27,27 @@ _FUSED_FROM = 1 << 24
 _DROPPED_BITS = 16  # of a float32 that becomes a bf16
 
 
-class Optimized(Protocol):
-    """What an optimizer is made for."""
+def build_optimizer(
+    parameters: ParameterGroups, settings: TrainConfig, seed: int
+) -> torch.optim.Optimizer:
+    """AdamW with a learning rate for the levels and one for the steps.
 
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-
-    def parameter_groups(self) -> ParameterGroups:
-        """The trainable parameters by what they move."""
-
-
-def build_optimizer(adapted: Optimized, settings: TrainConfig, seed: int) -> torch.optim.Optimizer:
-    """AdamW with a learning rate for the levels and one for the steps."""
-    parts = adapted.parameter_groups()
-    rated = ((parts.levels, settings.learning_rate), (parts.steps, settings.steps_learning_rate))
+    Args:
+        parameters: float32, or bf16, which is rounded.
+        settings: rates, weight decay, and how the moments are held.
+        seed: of the rounding.
+    """
+    levels, steps = parameters.levels, parameters.steps
+    rated = ((levels, settings.learning_rate), (steps, settings.steps_learning_rate))
     groups = [{"params": group, "lr": rate} for group, rate in rated if group]
-    is_wide = all(one.dtype == torch.float32 for group in groups for one in group["params"])
+    is_wide = all(one.dtype == torch.float32 for one in (*levels, *steps))
     if settings.optimizer is Optimizer.adamw and is_wide:
+        num_trained = sum(one.numel() for one in (*levels, *steps))
         return torch.optim.AdamW(
             groups,
             weight_decay=settings.weight_decay,
             # One pass over parameter, gradient and moments: it matters where these are weights.
-            fused=True if adapted.num_trainable > _FUSED_FROM else None,
+            fused=True if num_trained > _FUSED_FROM else None,
         )
     bits = 8 if settings.optimizer is Optimizer.adamw_8bit else 32
     return RoundedAdamW(groups, seed, weight_decay=settings.weight_decay, optim_bits=bits)

@@ -90,7 +90,7 @@ def train(
         data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
         processing_class=adapted.tokenizer,
         callbacks=[log, interruption, *scoring],
-        optimizers=(build_optimizer(adapted, settings, seed), None),
+        optimizers=(build_optimizer(adapted.parameter_groups(), settings, seed), None),
     )
     trainer.remove_callback(PrinterCallback)
     with interruption.watching(run_dir):

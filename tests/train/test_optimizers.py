@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,20 +14,6 @@ from qatlora.train.optimizers import RoundedAdamW, build_optimizer, round_stocha
 
 NUM_WEIGHTS = 1 << 14
 RATE, NUM_STEPS = 1e-5, 30
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One matrix whose levels train."""
-
-    weight: nn.Parameter
-
-    @property
-    def num_trainable(self) -> int:
-        return self.weight.numel()
-
-    def parameter_groups(self) -> ParameterGroups:
-        return ParameterGroups(levels=[self.weight], steps=[])
 
 
 def weights(dtype: torch.dtype) -> nn.Parameter:
@@ -54,7 +39,7 @@ def take_steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: ra
 
 def optimizer_of(weight: nn.Parameter, kind: str, seed: int = 0) -> torch.optim.Optimizer:
     settings = TrainConfig(learning_rate=RATE, optimizer=Optimizer[kind])
-    return build_optimizer(Weights(weight), settings, seed)
+    return build_optimizer(ParameterGroups([weight], steps=[]), settings, seed)
 
 
 def movement(dtype: torch.dtype, kind: str) -> Tensor:
