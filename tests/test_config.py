@@ -83,11 +83,11 @@ def test_every_choice_of_every_group_composes_and_says_what_it_is(choice):
     assert first_line.startswith("# ")
 
 
-def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_lora(valid):
+def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_a_step_adapter(valid):
     validate(valid)
     assert valid.base.embedded == valid.base.name == "gemma3_270m"
     assert valid.storage.kind is Storage.nf4
-    assert valid.adapter.kind is AdapterKind.lora
+    assert valid.adapter.kind is AdapterKind.steps
     assert valid.adapter.alpha != valid.adapter.rank
 
 
