@@ -62,6 +62,10 @@ class RoundedAdamW(AdamW):
     def __init__(self, groups: list[dict[str, Any]], seed: int, **options: Any) -> None:
         super().__init__(groups, **options)
         self._seed = seed
+        # In the first step they would come between temporaries and leave holes in a CPU's heap.
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, p in enumerate(group["params"]):
+                self.init_state(group, p, gindex, pindex)
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
