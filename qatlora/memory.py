@@ -5,7 +5,13 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+# Of glibc's malloc.h. Its own largest mmap threshold is 32 MiB, the trim threshold twice that.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_USUAL_BYTES = (64 << 20, 32 << 20)
+_KEPT_BYTES = (256 << 20, 64 << 20)
 
 
 def peak_rss_bytes() -> int:
@@ -33,6 +39,30 @@ def give_back() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc only
+
+
+@contextlib.contextmanager
+def freed_kept() -> Iterator[None]:
+    """Keep up to 256 MB of freed memory for the next tensors while this lasts.
+
+    glibc else gives every large tensor back to the system at once, and the next one costs a page
+    fault per 4 kB: of a small model's forward on a CPU that is more than a twentieth of the time.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt  # glibc only
+    except (OSError, AttributeError):
+        yield
+        return
+
+    def set_thresholds(trim: int, mmap: int) -> None:
+        set_option(_M_TRIM_THRESHOLD, trim)
+        set_option(_M_MMAP_THRESHOLD, mmap)
+
+    set_thresholds(*_KEPT_BYTES)
+    try:
+        yield
+    finally:
+        set_thresholds(*_USUAL_BYTES)
 
 
 def forget_peak_rss() -> bool:

@@ -42,8 +42,8 @@ def distribution_figure(result: FidelityResult | None, edges: Sequence[float]) -
             figures = model.texts[text]
             shares = _shares_above(figures.histogram)
             points = [(x, y) for x, y in zip(edges[1:], shares, strict=True) if y > 0]
-            if points:
-                axis.plot(*zip(*points, strict=True), line, color=color, label=model.name)
+            label = model.name if points else f"{model.name}: 0 everywhere"
+            axis.plot([x for x, _ in points], [y for _, y in points], line, color=color, label=label)
         axis.set(title=text, xlabel="x, nats", xscale="log", yscale="log")
     axes[0].set_ylabel("share of tokens with KLD > x")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
@@ -92,9 +92,10 @@ def _shares_above(histogram: Sequence[int]) -> list[float]:
 
 
 def _first_loss(result: FidelityResult, edges: Sequence[float]) -> float:
-    """The edge up to which, for every model and text, nearly all tokens are above."""
+    """The edge up to which, for every model and text with a KLD, nearly all tokens are above."""
     histograms = [text.histogram for model in result.models for text in model.texts.values()]
-    shares = [min(at_edge) for at_edge in zip(*map(_shares_above, histograms), strict=True)]
+    curves = [shares for shares in map(_shares_above, histograms) if shares[0] > 0]
+    shares = [min(at_edge) for at_edge in zip(*curves, strict=True)]
     whole = [x for x, share in zip(edges[1:], shares, strict=True) if share > _NEARLY_ALL]
     return max(whole, default=edges[1])
 
