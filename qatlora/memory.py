@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of glibc's malloc.h. Its own largest mmap threshold is 32 MiB, the trim threshold twice that.
+# Of glibc's malloc.h. What is larger than 32 MiB, glibc always gives back; of the rest it comes to
+# keep twice that by itself.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_USUAL_BYTES = (64 << 20, 32 << 20)
-_KEPT_BYTES = (256 << 20, 64 << 20)
+_MMAP_BYTES = 32 << 20
+_USUALLY_KEPT_BYTES, _KEPT_BYTES = 64 << 20, 256 << 20
 
 
 def peak_rss_bytes() -> int:
@@ -54,15 +55,12 @@ def freed_kept() -> Iterator[None]:
         yield
         return
 
-    def set_thresholds(trim: int, mmap: int) -> None:
-        set_option(_M_TRIM_THRESHOLD, trim)
-        set_option(_M_MMAP_THRESHOLD, mmap)
-
-    set_thresholds(*_KEPT_BYTES)
+    set_option(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     try:
         yield
     finally:
-        set_thresholds(*_USUAL_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _USUALLY_KEPT_BYTES)
 
 
 def forget_peak_rss() -> bool:

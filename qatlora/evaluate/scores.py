@@ -1,13 +1,12 @@
 """Scores per token, from final hidden states: nats of the text and of the KL from a reference.
 
-The vocabulary is walked in tiles of [C tokens, n words]; per token only the running maximum, the
-sum of exponentials and the weighted difference of logits are kept (a streaming log-sum-exp):
-
     KL(ref || model) = sum_w p_w (a_w - b_w) - (logsumexp(a) - logsumexp(b))
 
-with logits a of the reference, b of the model and p = softmax(a). It is exactly 0 for identical
-states and heads, because every tile's difference is. Logits carry fp32 sums of the products
-(see qatlora.distill.matmul), sums of a tile are fp32, sums over tiles float64.
+with logits a of the reference, b of the model and p = softmax(a). The vocabulary is walked in tiles
+of [C tokens, n words]; the softmax is that of a tile's words, and a tile joins those before it with
+its share of all exponentials so far, exp(logsumexp(tile) - logsumexp(all)). The result is exactly 0
+for identical states and heads, because every tile's difference is. Logits carry fp32 sums of the
+products (see qatlora.distill.matmul), sums of a tile are fp32, sums over tiles float64.
 
 Definitions are those of llama.cpp's llama-perplexity --kl-divergence (tools/perplexity/
 perplexity.cpp), which leaves words below exp(-16) out of its sums; here nothing is left out.
@@ -163,8 +162,8 @@ class _StreamingSoftmax:
         inside = (column >= 0) & (column < block.shape[1])
         found = block.gather(1, column.clamp(0, block.shape[1] - 1).unsqueeze(1)).squeeze(1)
         self._target_logit = torch.where(inside, found, self._target_logit)
-        # One pass over the memory, where maximum, exponentials, sum and quotient would be four;
-        # the sum is found again in the likeliest word, whose exponential is 1.
+        # One pass over the memory where maximum, exponentials and sum are three; the sum is found
+        # again in the likeliest word, whose exponential is 1.
         probabilities = torch.softmax(block, dim=1)
         log_sum = top.double() - probabilities.amax(dim=1).double().log()
         self.log_sum = torch.logaddexp(self.log_sum, log_sum)
