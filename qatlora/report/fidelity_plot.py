@@ -41,9 +41,10 @@ def distribution_figure(result: FidelityResult | None, edges: Sequence[float]) -
         for model, (color, line) in zip(result.models, _styles(), strict=False):
             figures = model.texts[text]
             shares = _shares_above(figures.histogram)
-            points = [(x, y) for x, y in zip(edges[1:], shares, strict=True) if y > 0]
-            label = model.name if points else f"{model.name}: 0 everywhere"
-            axis.plot([x for x, _ in points], [y for _, y in points], line, color=color, label=label)
+            num_points = sum(share > 0 for share in shares)  # a logarithm of 0 cannot be drawn
+            label = model.name if num_points else f"{model.name}: 0 everywhere"
+            drawn = edges[1 : 1 + num_points], shares[:num_points]
+            axis.plot(*drawn, line, color=color, label=label)
         axis.set(title=text, xlabel="x, nats", xscale="log", yscale="log")
     axes[0].set_ylabel("share of tokens with KLD > x")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))

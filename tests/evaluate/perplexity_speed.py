@@ -1,7 +1,7 @@
 """Evaluated tokens per second beside llama-perplexity's, on the same bf16 weights and cores.
 
     python tests/evaluate/perplexity_speed.py gemma3_270m    (or smollm2_135m; OMP_NUM_THREADS=2)
-    python tests/evaluate/perplexity_speed.py gemma3_270m 6 2    (6 windows, 2 rounds: on busy cores)
+    python tests/evaluate/perplexity_speed.py gemma3_270m 6 2    (6 windows and 2 rounds)
 
 Two tasks: the perplexity of a text, and the KLD from a reference that was run before (its kept
 hidden states here, its base file of logits there). Both programs score the second halves of the
