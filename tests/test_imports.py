@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
-    "evaluate": {"config", "distill", "adapters", "llamacpp", "progress"},
+    "evaluate": {"config", "distill", "adapters", "llamacpp", "memory", "progress"},
     "train": {
         "config",
         "adapters",
