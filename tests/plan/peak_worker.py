@@ -55,9 +55,11 @@ def write_base(folder: Path) -> None:
 def long_chats(folder: Path) -> dict[str, Path]:
     """Conversations that fill every row."""
     files = write_data(folder)
-    said = "and then seven old friends walk home together in the evening sun " * 100
-    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]
-    files["chats"].write_text(60 * (json.dumps({"messages": turns}) + "\n"), encoding="utf-8")
+    with files["chats"].open("w", encoding="utf-8") as lines:
+        for number in range(60):
+            said = f"and then {number} old friends walk home together in the evening sun " * 100
+            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]
+            lines.write(json.dumps({"messages": turns}) + "\n")
     return files
 
 
