@@ -1,9 +1,9 @@
 """Build the public NF4 layout from a bf16 checkpoint, with the source's steps beside it.
 
 The layout is bitsandbytes' own (NF4, double quant, bf16 compute, uint8 storage), with every linear
-that stays in bf16 named in the skip list: plain transformers loads the folder. What it does not read is q4_0_steps.safetensors: half a bit per weight that NF4 alone
-cannot give back. The layout has no place for stacks of experts, which stay bf16 in the folder and
-become NF4 while it is loaded.
+that stays in bf16 named in the skip list: plain transformers loads the folder. What it does not
+read is q4_0_steps.safetensors: half a bit per weight that NF4 alone cannot give back. The layout
+has no place for stacks of experts, which stay bf16 in the folder and become NF4 while it is loaded.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def build_nf4(
 ) -> GridRecord:
     """Write weights, config.json, the steps and grid.json into `folder`.
 
-    Memory: on the host one shard, one tensor and the steps of all layers; on `device` one tensor and
-    what becomes of it.
+    Memory: on the host one shard, one tensor and the steps of all layers; on `device` one tensor
+    and what becomes of it.
 
     Args:
         source: a bf16, fp16 or fp32 checkpoint.

@@ -8,7 +8,16 @@ from qatlora.plan.footprint import Job
 
 _CACHE = "teacher_cache"
 # Typed for the plan, or said anew: a recommendation replaces what was typed for the same key.
-_SETTLED = ("recipe", "plan", "base.path", "base.hub_id", "base.name", "storage", "teacher", "run_dir")
+_SETTLED = (
+    "recipe",
+    "plan",
+    "base.path",
+    "base.hub_id",
+    "base.name",
+    "storage",
+    "teacher",
+    "run_dir",
+)
 
 
 def commands(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:

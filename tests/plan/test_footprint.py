@@ -124,7 +124,9 @@ def test_a_cached_teacher_leaves_its_head_in_memory_and_one_in_a_model_counts_on
     shape: ModelShape,
 ):
     head = 2 * shape.vocab_size * shape.hidden_size
-    own, cached = (footprint(shape, dataclasses.replace(LEAN, teacher=t)) for t in ("self", "cache"))
+    own, cached = (
+        footprint(shape, dataclasses.replace(LEAN, teacher=t)) for t in ("self", "cache")
+    )
     assert cached.train - own.train == cached.evaluate - own.evaluate == head
     assert cached.export == own.export
     assert cached.load == own.load

@@ -52,7 +52,9 @@ def test_a_folder_is_planned_by_its_config(tiny_multimodal_folder: Path, tmp_pat
     report = planned(tmp_path, path=str(tiny_multimodal_folder))
     assert report["plan"]["bf16_bytes"] == 2 * report["base"]["parameters"]
     (command,) = report["plan"]["recommended"]["commands"]
-    assert command.startswith(f"python -m qatlora recipe=chat_sft base.path={tiny_multimodal_folder}")
+    assert command.startswith(
+        f"python -m qatlora recipe=chat_sft base.path={tiny_multimodal_folder}"
+    )
     assert command.endswith(" teacher=bf16")
 
 
