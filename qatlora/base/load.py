@@ -4,7 +4,7 @@
                     -> one weight after the other: GridLinear for each linear of the Q4_0 list,
                                                    ExpertStack for each stack of experts
 
-Where the steps come from is told in `qatlora.base.grids`. No checkpoint ever becomes a dense model.
+Where the steps come from is told in `qatlora.base.grids`. Only storage=bf16 makes a dense model.
 """
 
 from collections.abc import Callable, Collection

@@ -20,6 +20,7 @@ from qatlora.base.load import require_nf4
 from qatlora.base.nf4 import dequantized_nf4, nf4_config, tensors_of_nf4
 from qatlora.base.record import STEPS_FILE, GridRecord
 from qatlora.base.source import Source
+from qatlora.base.stores import Nf4Store
 from qatlora.config import BuildConfig
 from qatlora.errors import ExportError
 from qatlora.export.census import Census
@@ -48,7 +49,6 @@ def build_nf4(
         max_shard_bytes: size of a safetensors file at most, unless one tensor is larger.
         device: where NF4 and the steps are computed.
         on_tensor: called with 1 after each tensor of the source.
-
     """
     census, steps, shards = Census(), {}, ShardWriter(folder, max_shard_bytes)
     for key in source.files:
@@ -59,8 +59,9 @@ def build_nf4(
             grid = layer_grid(source, name, layout.kept_as(name, "nf4"), device)
             steps[f"{name}.steps"] = grid.steps.cpu()
             if name in layout.nf4_modules:
-                weight = grid.stores[0].weight
-                parts, stored = tensors_of_nf4(key, weight), dequantized_nf4(weight)
+                (store,) = grid.stores
+                assert isinstance(store, Nf4Store)
+                parts, stored = tensors_of_nf4(key, store.weight), dequantized_nf4(store.weight)
             census.built(name, grid, tensor.to(device), stored.to(device))
         shards.add_all(parts)
         on_tensor(1)
