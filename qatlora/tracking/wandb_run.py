@@ -10,6 +10,7 @@ import wandb
 
 from qatlora import progress
 from qatlora.report.results import RunReport, TrainPoint
+from qatlora.report.results_curve import CurvePoint
 from qatlora.tracking.figures import (
     GATE_COLUMNS,
     SCORE_COLUMNS,
@@ -41,7 +42,7 @@ class WandbTracker:
             f"wandb: {mode} ({reason}); `wandb sync {run_dir}/wandb/offline-run-*` sends it later."
         )
 
-    def log(self, point: TrainPoint) -> None:
+    def log(self, point: TrainPoint | CurvePoint) -> None:
         """Log the step's scalars."""
         with _said():
             self._run.log(scalars(point), step=point.step)
