@@ -11,7 +11,15 @@ from qatlora.base.published import published_config
 from qatlora.base.source import Source, find_source
 from qatlora.base.stores import Q4_0_BITS
 from qatlora.base.teacher import has_bf16_values
-from qatlora.config import AdapterKind, BaseConfig, Holds, RootConfig, Storage, TeacherKind
+from qatlora.config import (
+    AdapterKind,
+    BaseConfig,
+    Holds,
+    RootConfig,
+    Storage,
+    TeacherKind,
+    Trained,
+)
 from qatlora.grid import detect
 from qatlora.plan.choose import Allowed, longest_row, recommend
 from qatlora.plan.footprint import Job, footprint
@@ -72,7 +80,8 @@ def _allowed(cfg: RootConfig, source: Source | None) -> Allowed:
     has_values = holds is not Holds.nf4 if source is None else has_bf16_values(source)
     other = cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is not None
     teachers = ["memory"] if has_values or other else []
-    teachers += ["self"] if holds is Holds.on_grid else []
+    if holds is Holds.on_grid and cfg.distill.train is Trained.adapter:
+        teachers.append("self")
     teachers += ["cache"] if has_values or other else []
     storages = ("q4_0",) if source and source.packed_modules else ("q4_0", "nf4")
     return Allowed((*teachers, "none"), ("nf4",) if holds is Holds.nf4 else storages)

@@ -7,17 +7,11 @@ from qatlora.config import BaseConfig, RootConfig, TeacherKind
 from qatlora.plan.footprint import Job
 
 _CACHE = "teacher_cache"
-# Typed for the plan, or said anew: a recommendation replaces what was typed for the same key.
-_SETTLED = (
-    "recipe",
-    "plan",
-    "base.path",
-    "base.hub_id",
-    "base.name",
-    "storage",
-    "teacher",
-    "run_dir",
-)
+# Said anew, whatever was typed for the plan.
+_SETTLED = {
+    "recipe", "run_dir", "base", "base.path", "base.hub_id", "base.name", "storage", "storage.kind",
+    "teacher", "teacher.kind", "teacher.path", "teacher.cache_path",
+}  # fmt: skip
 
 
 def commands(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:
@@ -29,9 +23,10 @@ def commands(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:
         row_tokens: length of a row.
     """
     settings = [*_base(cfg.base), *_sizes(cfg, job, row_tokens)]
-    keys = {_key(one) for one in settings}
-    typed = [one for one in cfg.overrides if _key(one) not in keys and not _is_settled(one)]
-    run = [*settings, *typed]
+    settled = _SETTLED | {_key(one) for one in settings}
+    others = ("plan.", "teacher.") if job.teacher == "none" else ("plan.",)
+    typed = [one for one in cfg.overrides if _key(one) not in settled]
+    run = [*settings, *(one for one in typed if not _key(one).startswith(others))]
     other = cfg.teacher.path if cfg.teacher.kind is TeacherKind.bf16 else None
     path = [] if other is None else [f"teacher.path={other}"]
     if job.teacher == "memory":
@@ -55,7 +50,7 @@ def _base(base: BaseConfig) -> Iterator[str]:
 def _sizes(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:
     return [
         f"storage={job.storage}",
-        f"adapter={job.adapter}",
+        f"adapter={cfg.adapter.kind.name}",
         f"data.max_length_tokens={row_tokens}",
         f"train.micro_batch_rows={job.tokens // row_tokens}",
         f"train.rows_per_step={_rows_per_step(cfg, job.tokens // row_tokens)}",
@@ -72,11 +67,6 @@ def _rows_per_step(cfg: RootConfig, micro_batch_rows: int) -> int:
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
-
-
-def _is_settled(override: str) -> bool:
-    key = _key(override)
-    return key == "base" or any(key == one or key.startswith(f"{one}.") for one in _SETTLED)
 
 
 def _command(recipe: str, overrides: list[str]) -> str:

@@ -101,12 +101,14 @@ def test_where_no_teacher_fits_beside_the_base_the_commands_for_another_one_work
         "recipe=plan", f"base.path={base}", f"plan.gpu_gb={sum(peaks) / 2 / usable_bytes(1)}",
         "data=jsonl", f"data.path={files['chats']}", f"data.general={files['text']}",
         "data.max_length_tokens=128", "data.eval_tokens=64", "train.max_steps=2",
+        "teacher.kl_weight=0.2",
         "guard.require_effect=false", "guard.llama_cpp=false", "run_dir=planned",
         "guard.drift_kld_increase_max_nats=10",
     )  # fmt: skip
     report = json.loads(Path("planned/report.json").read_text(encoding="utf-8"))
     commands = report["plan"]["recommended"]["commands"]
     assert len(commands) == (2 if teacher == "cache" else 1)
+    assert all(" teacher.kl_weight=0.2 " in command for command in commands)
     for command in commands:
         typed(monkeypatch, *shlex.split(command)[3:])
     assert len(list(Path("runs").glob("**/*.gguf"))) == 1
