@@ -80,7 +80,7 @@ def _allowed(cfg: RootConfig, source: Source | None) -> Allowed:
     has_values = holds is not Holds.nf4 if source is None else has_bf16_values(source)
     other = cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is not None
     teachers = ["memory"] if has_values or other else []
-    if holds is Holds.on_grid and cfg.distill.train is Trained.adapter:
+    if holds is Holds.on_grid and cfg.distill.train is not Trained.weights:
         teachers.append("self")
     teachers += ["cache"] if has_values or other else []
     storages = ("q4_0",) if source and source.packed_modules else ("q4_0", "nf4")
