@@ -116,6 +116,11 @@ class Source:
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(self.stored_names.get(name, name))
 
+    def tensor_with_parts(self, name: str) -> dict[str, Tensor]:
+        """A tensor and those whose names go on behind its own: scales and code books of NF4."""
+        keys = [key for key in self.files if key == name or key.startswith(f"{name}.")]
+        return {key: self.tensor(key) for key in keys}
+
     def steps(self, name: str) -> Tensor:
         """The steps that an NF4 build with a record keeps of its source: float16 [out, in / 32]."""
         require_sum(self.folder / STEPS_FILE)

@@ -9,6 +9,7 @@ from qatlora.config.choices import (
     Dither,
     DivergenceKind,
     Effect,
+    Holds,
     Latent,
     LatentSteps,
     LrScheduler,
@@ -54,6 +55,9 @@ class BaseConfig:
     """Model id on the Hugging Face hub."""
     architecture: str | None = None
     """Shipped configuration of a published checkpoint, which recipe=plan counts without it."""
+    holds: Holds = Holds.bf16
+    """What that checkpoint is reported to hold, which recipe=plan takes for granted: bf16, on_grid
+    (bf16 values on a Q4_0 grid) or nf4."""
     chat_template: str | None = None
     """Name of a shipped template or a Jinja file; null: the checkpoint's own."""
     trained: list[str] | None = None
