@@ -28,6 +28,7 @@ from qatlora.export.candidate import Candidate
 from qatlora.fidelity.plan import Comparison
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.memory import peak_rss_bytes
+from qatlora.report.json_report import plain
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
@@ -101,6 +102,10 @@ class Run:
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
     tracker: Tracker = field(default_factory=NoTracker)  # another one from training on
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as JSON values: for the run folder, and for what follows the run."""
+        return plain(dataclasses.asdict(self.cfg))
 
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
@@ -209,10 +214,11 @@ def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
     rule = adapted.rule
     return AdapterResult(
         kind=rule.kind,
-        rank=rule.rank,
-        alpha=rule.alpha,
-        rounding=rule.rounding,
-        dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
+        rank=rule.rank if rule.moves_levels else None,
+        alpha=rule.alpha if rule.moves_levels else None,
+        rounding=rule.rounding if rule.moves_levels else None,
+        dither=rule.dithers(adapted.base.on_grid),
+        steps_rank=rule.steps_rank if rule.moves_steps else None,
         trainable_parameters=adapted.num_trainable,
         tensors=len(adapted.base.trained),
     )
