@@ -22,6 +22,7 @@ from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
 from qatlora.distill import TeacherCache
+from qatlora.errors import ConfigError
 from qatlora.evaluate import KldStatistics
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
@@ -233,9 +234,16 @@ def _latents_result(latents: LatentModel) -> LatentsResult:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(
+            f"train.device={name}: PyTorch {torch.__version__} sees {num_gpus} GPUs here, counted "
+            "from 0. Use train.device=auto or cpu; recipe=doctor says what is missing."
+        )
+    return device
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

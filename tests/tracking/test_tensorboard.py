@@ -11,6 +11,7 @@ from qatlora.config import LoggingConfig, ReportTo
 from qatlora.errors import ConfigError
 from qatlora.tracking import require_tracker
 
+
 class Died(BaseException):
     """Ends a run as a kill does, but for this process."""
 

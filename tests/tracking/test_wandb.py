@@ -58,7 +58,9 @@ def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(
         tracker = open_tracker(settings, tmp_path, {}, last_step)
         tracker.log(TrainPoint(last_step + 1, 2.0, None, None, None, 1e-3, 0.5))
         tracker.close(failed=False)
-        newest = max((tmp_path / "wandb").glob("offline-run-*"), key=lambda one: one.stat().st_ctime)
+        newest = max(
+            (tmp_path / "wandb").glob("offline-run-*"), key=lambda one: one.stat().st_ctime
+        )
         ids.append(newest.name.rpartition("-")[2])
     assert ids[0] == ids[1] != ids[2]
 
