@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from qatlora.files import SUMS, broken_sum
 from qatlora.llamacpp.gguf_read import read_gguf
+from qatlora.llamacpp.source import check_converter
 
 READERS: dict[str, Callable[[Path], object]] = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
@@ -148,6 +149,7 @@ def kill(runner: Runner, folder: Path, num_kills: int) -> Counter[str]:
 def main(base: Path, folder: Path, num_kills: int, names: list[str]) -> None:
     """Kill the targets one after the other."""
     torch.set_num_threads(1)
+    check_converter()  # its answer is kept, so that no start waits for it
     case = Case.make(base, folder)
     for name in names or TARGETS:
         found = kill(Runner(TARGETS[name], case), folder / name, num_kills)
