@@ -54,7 +54,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def move_folder(partial: Path, path: Path) -> None:
     """`finish` every file of `partial` and rename it to `path`, in place of what was there."""
     for written in partial.rglob("*"):
-        if written.is_file():
+        if written.is_file() and not written.is_symlink():
             finish(written)
     if path.exists():
         remove_folder(path)
@@ -63,7 +63,7 @@ def move_folder(partial: Path, path: Path) -> None:
 
 def finish(written: Path) -> None:
     """Before a file gets its name: open it to whom the umask says, and sync it."""
-    os.umask(umask := os.umask(0))  # it cannot be read without being set
+    os.umask(umask := os.umask(0o077))  # it cannot be read without being set
     with contextlib.suppress(PermissionError):  # of a file system that knows no modes
         written.chmod((written.stat().st_mode | _READ_AND_WRITE) & ~umask)
     with written.open("rb") as handle:
