@@ -6,8 +6,8 @@
 qat_distill adds evaluate_reference before train and save_base after publish; inspect, preview_data,
 benchmark, fidelity and validate are one stage between preflight and report, the builds two (build,
 fidelity), teacher_cache one after load_data, plan and apply_patch one before report; decide ends
-validate with its exit code. Those stages, the longer ones among the above, and where a run's
-teacher comes from are told in `qatlora.stages`. The doctor runs without this file
+validate with its exit code. Those stages, the longer ones among the above, scores while training,
+and where a run's teacher comes from are told in `qatlora.stages`. The doctor runs without this file
 (`qatlora.doctor`).
 
 A stage reads what earlier stages left in `Run` and adds its own result. The work itself is in the
@@ -39,6 +39,7 @@ from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
 from qatlora.stages.build import build
+from qatlora.stages.curve import curve_scorer
 from qatlora.stages.fidelity import fidelity
 from qatlora.stages.guard import guard
 from qatlora.stages.inspect import inspect
@@ -161,6 +162,7 @@ def _train(state: Run) -> None:
             bf16=state.dtype == torch.bfloat16,
             on_step=advance,
             on_point=state.tracker.log,
+            on_eval=curve_scorer(state),
         )
     state.adapted.settle()
     state.recorded = state.adapted.deployed_digests()

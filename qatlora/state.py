@@ -47,6 +47,7 @@ from qatlora.report.results import (
 )
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_curve import CurveLevel
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
@@ -95,6 +96,7 @@ class Run:
     changes: list[LayerChange] = field(default_factory=list)
     num_changed: int = 0
     train: TrainResult | None = None
+    curve_levels: list[CurveLevel] = field(default_factory=list)  # beside the scores in training
     candidate: Candidate | None = None
     guard: GuardResult | None = None
     runtime: RuntimeResult | None = None
@@ -187,6 +189,7 @@ def report_of(state: Run) -> RunReport:
         benchmark=state.benchmark,
         plan=state.plan,
         fidelity=state.fidelity,
+        curve_levels=state.curve_levels,
         changes=state.changes,
         samples=samples,
         stages=list(state.times),

@@ -39,6 +39,8 @@ _MINIMA = {
     "train.rows_per_step": 1,
     "train.micro_batch_rows": 1,
     "train.save_steps": 1,
+    "train.eval_steps": 0,
+    "train.eval_tokens": 2,
     "evaluate.tokens_per_chunk": 1,
     "evaluate.sample_max_new_tokens": 1,
     "build.max_new_tokens": 1,

@@ -179,6 +179,10 @@ class TrainConfig:
     """Keep deployed blocks from forward to backward: one byte per weight for less time."""
     save_steps: int = 20
     """Optimizer steps between two checkpoints."""
+    eval_steps: int = 0
+    """Optimizer steps between two scores of held-out text while training; 0: none."""
+    eval_tokens: int = 1024
+    """Tokens of each held-out text that are scored then: its first ones, at most these."""
     resume: bool = False
     """Go on with the run in run_dir from its last checkpoint; without one, start."""
     device: str = "auto"

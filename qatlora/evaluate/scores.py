@@ -80,6 +80,14 @@ class TokenScores:
             _concatenate([part.reference_top for part in parts]),
         )
 
+    def first(self, num_tokens: int) -> "TokenScores":
+        """Scores of the first tokens."""
+        columns = {
+            name: None if column is None else column[:num_tokens]
+            for name, column in vars(self).items()
+        }
+        return TokenScores(**columns)
+
 
 @dataclass(frozen=True)
 class Reference:

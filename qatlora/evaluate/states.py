@@ -45,6 +45,10 @@ class ReferenceStates:
     targets: Tensor
     head: LmHead
 
+    def first(self, num_tokens: int) -> "ReferenceStates":
+        """The reference on the first scored tokens."""
+        return ReferenceStates(self.hidden[:num_tokens], self.targets[:num_tokens], self.head)
+
 
 @dataclass(frozen=True)
 class StatesBatch:

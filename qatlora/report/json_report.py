@@ -33,7 +33,9 @@ def to_json(report: RunReport) -> dict[str, Any]:
     """
     parts = asdict(report)
     texts = parts.pop("texts")
-    history = parts["train"].pop("history") if report.train else []
+    history, curve = (
+        parts["train"].pop(key) if report.train else [] for key in ("history", "curve")
+    )
     document = {
         "schema_version": parts.pop("schema_version"),
         "recipe": parts.pop("recipe"),
@@ -68,6 +70,7 @@ def to_json(report: RunReport) -> dict[str, Any]:
         },
         "kld_bin_edges": KLD_BIN_EDGES,
         "history": history,
+        "curve": curve,
     }
     values: dict[str, Any] = plain(document)
     faults = list(_faults(values, ""))

@@ -12,6 +12,7 @@ from qatlora.report.benchmark_text import benchmark_tables
 from qatlora.report.cache_plot import CACHE_PLOT
 from qatlora.report.cache_text import CACHE_HEADER, CACHE_LEGEND, cache_rows
 from qatlora.report.changes import changes_by_kind
+from qatlora.report.curve_plot import CURVE_PLOT
 from qatlora.report.escape import code_span, fenced, inline, labelled, table
 from qatlora.report.fidelity_plot import DISTRIBUTION_PLOT, POSITION_PLOT
 from qatlora.report.fidelity_text import fidelity_tables
@@ -29,6 +30,7 @@ from qatlora.report.results_validate import ValidateResult
 from qatlora.report.run_it import run_it
 from qatlora.report.run_sections import (
     bullets,
+    curve_line,
     gate_table,
     score_table,
     training_line,
@@ -196,6 +198,9 @@ def _training(report: RunReport, plots: Collection[str]) -> Iterator[str]:
     if report.train:
         yield training_line(report.train)
     yield _plot(LOSS_PLOT, "Loss over the optimizer steps", plots)
+    if report.train and report.train.curve:
+        yield curve_line(report.train.curve)
+    yield _plot(CURVE_PLOT, "KLD and perplexity over the optimizer steps", plots)
 
 
 def _time_and_memory(report: RunReport) -> Iterator[str]:

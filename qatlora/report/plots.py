@@ -32,6 +32,7 @@ from qatlora.report.benchmark_plot import (
 )
 from qatlora.report.cache_plot import CACHE_PLOT, cache_figure
 from qatlora.report.changes import KindChange, changes_by_kind
+from qatlora.report.curve_plot import CURVE_PLOT, curve_figure
 from qatlora.report.fidelity_plot import (
     DISTRIBUTION_PLOT,
     POSITION_PLOT,
@@ -67,6 +68,7 @@ def write_plots(report: RunReport, run_dir: Path) -> list[str]:
     """
     figures = {
         LOSS_PLOT: loss_figure(report.train.history if report.train else []),
+        CURVE_PLOT: curve_figure(report.train.curve if report.train else [], report.curve_levels),
         KLD_PLOT: kld_figure(report.texts),
         CHANGES_PLOT: changes_figure(changes_by_kind(report.changes)),
         INSPECT_PLOT: inspect_figure(report.inspect),

@@ -10,6 +10,7 @@ from typing import Any
 from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
+from qatlora.report.results_curve import CurveLevel, CurvePoint
 from qatlora.report.results_doctor import DoctorResult
 from qatlora.report.results_fidelity import FidelityResult
 from qatlora.report.results_origin import OriginResult
@@ -26,6 +27,8 @@ TEXTS = ("task", "general")
 MODELS = ("base", "trained", "merged")
 # Measured by some recipes only: llama.cpp's own Q4_0 of the bf16 weights.
 REFERENCE = "reference"
+# Known by its states alone; its perplexity stands beside theirs.
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class TrainPoint:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The training stage; `tokens` counts the tokens that carried a loss."""
+    """The training stage; `tokens` counts those with a loss, `curve` has held-out scores."""
 
     steps: int
     tokens: int
@@ -100,6 +103,7 @@ class TrainResult:
     loss_last: float
     peak_rss_bytes: int
     history: list[TrainPoint] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -299,6 +303,7 @@ class RunReport:
     plan: PlanResult | None = None
     fidelity: FidelityResult | None = None
     doctor: DoctorResult | None = None
+    curve_levels: list[CurveLevel] = field(default_factory=list)
     changes: list[LayerChange] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageTime] = field(default_factory=list)

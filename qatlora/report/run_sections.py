@@ -3,7 +3,7 @@
 All text that comes from outside passes through `qatlora.report.escape`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qatlora.report.escape import inline, table
@@ -16,6 +16,7 @@ from qatlora.report.formatting import (
     format_share,
 )
 from qatlora.report.results import AdapterResult, GuardResult, RunReport, TrainResult
+from qatlora.report.results_curve import CurvePoint
 from qatlora.report.summary import SCORE_HEADER, score_rows
 
 
@@ -90,6 +91,16 @@ def training_line(train: TrainResult) -> str:
         f"{format_seconds(train.seconds)}{rate}. Loss {format_figure(train.loss_first)} to "
         f"{format_figure(train.loss_last)} nats per token. "
         f"Peak memory {format_bytes(train.peak_rss_bytes)}."
+    )
+
+
+def curve_line(points: Sequence[CurvePoint]) -> str:
+    """What the plot of scores while training shows."""
+    tokens = {point.text: point.tokens for point in points}
+    counts = ", ".join(f"{inline(text)} {format_count(n)}" for text, n in tokens.items())
+    return (
+        f"The deployed model in training, on the first tokens of each held-out text: {counts}. "
+        "Bands are one standard error of the level, which all points of a text share."
     )
 
 

@@ -24,6 +24,7 @@ _FREE = {"data.num_prompts", "teacher.cache_path"} | {
     for key in (
         "resume",
         "save_steps",
+        "eval_steps",
         "device",
         "keep_blocks",
         "gradient_checkpointing",

@@ -1,6 +1,7 @@
 """The report's tables as plain figures, and a logged step as named scalars."""
 
 from qatlora.report.results import RunReport, TrainPoint
+from qatlora.report.results_curve import CurvePoint
 
 SCORE_COLUMNS = (
     "text", "model", "tokens", "perplexity", "kld_mean", "kld_median", "kld_p99", "same_top",
@@ -10,10 +11,11 @@ GATE_COLUMNS = ("gate", "status", "figure", "limit", "unit", "message")
 Cell = str | int | float | None
 
 
-def scalars(point: TrainPoint) -> dict[str, float]:
-    """Names as in train_log.jsonl; terms of the loss that a step did not have are left out."""
-    named = {name: value for name, value in vars(point).items() if name != "step"}
-    return {f"train/{name}": value for name, value in named.items() if value is not None}
+def scalars(point: TrainPoint | CurvePoint) -> dict[str, float]:
+    """Names as in the JSONL logs; figures that a point does not have are left out."""
+    group = f"eval/{point.text}" if isinstance(point, CurvePoint) else "train"
+    named = {name: value for name, value in vars(point).items() if name not in ("step", "text")}
+    return {f"{group}/{name}": value for name, value in named.items() if value is not None}
 
 
 def score_rows(report: RunReport) -> list[list[Cell]]:

@@ -7,6 +7,7 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from qatlora.report.results import RunReport, TrainPoint
+from qatlora.report.results_curve import CurvePoint
 from qatlora.report.run_sections import gate_table, score_table
 from qatlora.tracking.figures import scalars
 
@@ -21,7 +22,7 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=last_step + 1)
         self._step = last_step
 
-    def log(self, point: TrainPoint) -> None:
+    def log(self, point: TrainPoint | CurvePoint) -> None:
         """Write the step's scalars."""
         self._step = point.step
         for name, value in scalars(point).items():

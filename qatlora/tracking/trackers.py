@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from qatlora.config import LoggingConfig, ReportTo
 from qatlora.errors import ConfigError
 from qatlora.report.results import RunReport, TrainPoint
+from qatlora.report.results_curve import CurvePoint
 
 _PACKAGES = {ReportTo.wandb: "wandb", ReportTo.tensorboard: "tensorboard"}
 
@@ -15,8 +16,8 @@ _PACKAGES = {ReportTo.wandb: "wandb", ReportTo.tensorboard: "tensorboard"}
 class Tracker(Protocol):
     """Takes the figures of one run as they come."""
 
-    def log(self, point: TrainPoint) -> None:
-        """Take one line of the training log."""
+    def log(self, point: TrainPoint | CurvePoint) -> None:
+        """Take one line of a log of training."""
 
     def report(self, report: RunReport, written: Sequence[Path]) -> None:
         """Take the report's tables and its files: report.json, report.md and the plots."""
@@ -28,7 +29,7 @@ class Tracker(Protocol):
 class NoTracker:
     """Takes everything and does nothing."""
 
-    def log(self, point: TrainPoint) -> None:
+    def log(self, point: TrainPoint | CurvePoint) -> None:
         """Do nothing."""
 
     def report(self, report: RunReport, written: Sequence[Path]) -> None:

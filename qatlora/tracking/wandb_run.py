@@ -10,6 +10,7 @@ import wandb
 
 from qatlora import files, progress
 from qatlora.report.results import RunReport, TrainPoint
+from qatlora.report.results_curve import CurvePoint
 from qatlora.tracking.figures import (
     GATE_COLUMNS,
     SCORE_COLUMNS,
@@ -42,7 +43,7 @@ class WandbTracker:
         self._run = _begin(run_dir, options)
         files.write_text(kept, f"{self._run.id}\n")
 
-    def log(self, point: TrainPoint) -> None:
+    def log(self, point: TrainPoint | CurvePoint) -> None:
         """Log the step's scalars."""
         with _said():
             self._run.log(scalars(point), step=point.step)

@@ -1,33 +1,29 @@
 """Train adapters or latents: settings -> SFTConfig, callbacks, optimizer -> TrainResult."""
 
 import dataclasses
-import json
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig
 
-from qatlora import files, processes
+from qatlora import processes
 from qatlora.adapters.model import ParameterGroups
 from qatlora.config import LoggingConfig, TrainConfig
 from qatlora.data.rows import Row
 from qatlora.errors import ConfigError
 from qatlora.memory import peak_rss_bytes
 from qatlora.report.results import TrainPoint, TrainResult
+from qatlora.report.results_curve import CurvePoint
 from qatlora.train import checkpoints
 from qatlora.train.interruption import Interruption
+from qatlora.train.logs import EvalLog, OnEval, OnPoint, OnStep, PointFile, StepLog
 from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
 
 _FUSED_FROM = 1 << 24
-
-OnStep = Callable[[int], None]
-OnPoint = Callable[[TrainPoint], None]
 
 
 class Trainable(Protocol):
@@ -64,12 +60,14 @@ def train(
     bf16: bool,
     on_step: OnStep,
     on_point: OnPoint | None = None,
+    on_eval: OnEval | None = None,
 ) -> TrainResult:
     """Run the optimizer over `rows` in their order, `rows_per_step` at a time.
 
     Checkpoints go to `run_dir`/checkpoints, one JSON line per step to `run_dir`/train_log.jsonl.
-    `on_point` gets each of these lines. With `settings.resume` the run goes on from the last
-    checkpoint, where there is one.
+    `on_point` gets each of these lines. What `on_eval` scores, every `settings.eval_steps` and at
+    both ends, goes to `run_dir`/eval_log.jsonl. With `settings.resume` the run goes on from the
+    last checkpoint, where there is one.
 
     Raises:
         ConfigError: under torchrun, rows that cannot be shared out evenly.
@@ -80,13 +78,11 @@ def train(
         lambda: checkpoints.begin(run_dir, resume=settings.resume)
     )
     adapted.keep_blocks(settings.keep_blocks)
-    log = StepLog(
-        run_dir / "train_log.jsonl",
-        resume=checkpoint is not None,
-        on_step=on_step,
-        on_point=on_point,
-    )
-    interruption = Interruption()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    losses = PointFile(run_dir / "train_log.jsonl", TrainPoint)
+    scores = PointFile(run_dir / "eval_log.jsonl", CurvePoint)
+    log, interruption = StepLog(losses, on_step, on_point), Interruption()
+    scoring = [EvalLog(scores, on_eval, settings.eval_steps, log)] if on_eval else []
     trainer = GridTrainer(
         objective=objective,
         model=adapted.model,
@@ -94,23 +90,24 @@ def train(
         train_dataset=Dataset.from_list([training_record(row) for row in rows]),
         data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
         processing_class=adapted.tokenizer,
-        callbacks=[log, interruption],
+        callbacks=[log, interruption, *scoring],
         optimizers=(build_optimizer(adapted, settings), None),
     )
     trainer.remove_callback(PrinterCallback)
     with interruption.watching(run_dir):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     adapted.model.eval()
-    losses = [point.loss for point in log.history]
+    history = losses.points
     trained = rows[: trainer.state.global_step * settings.rows_per_step]
     return TrainResult(
         steps=trainer.state.global_step,
         tokens=sum(row.num_scored_tokens for row in trained),
-        seconds=sum(point.seconds for point in log.history),
-        loss_first=losses[0],
-        loss_last=losses[-1],
+        seconds=sum(point.seconds for point in history),
+        loss_first=history[0].loss,
+        loss_last=history[-1].loss,
         peak_rss_bytes=peak_rss_bytes(),
-        history=log.history,
+        history=history,
+        curve=scores.points,
     )
 
 
@@ -192,60 +189,3 @@ def build_optimizer(adapted: Trainable, settings: TrainConfig) -> torch.optim.Ad
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-class StepLog(TrainerCallback):
-    """Keeps the history, appends it to a JSONL file, and moves the bar."""
-
-    def __init__(
-        self, path: Path, *, resume: bool, on_step: OnStep, on_point: OnPoint | None = None
-    ) -> None:
-        self.history: list[TrainPoint] = []
-        self._path = path
-        self._on_step = on_step
-        self._on_point = on_point
-        self._last = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """On a resumed run, take over the lines up to the checkpoint and drop later ones."""
-        self._last = time.monotonic()
-        if state.global_step and self._path.is_file():
-            written = self._path.read_text("utf-8").splitlines(keepends=True)
-            lines = [json.loads(line) for line in written if line.endswith("\n")]  # a kill cuts one
-            self.history = [TrainPoint(**x) for x in lines if x["step"] <= state.global_step]
-            files.write_text(self._path, "".join(_line(point) for point in self.history))
-            self._on_step(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the progress bar."""
-        self._on_step(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep one step."""
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        point = TrainPoint(
-            step=state.global_step,
-            loss=logs["loss"],
-            ce=logs.get("ce"),
-            kl=logs.get("kl"),
-            general_kl=logs.get("general_kl"),
-            learning_rate=logs["learning_rate"],
-            seconds=now - self._last,
-        )
-        self._last = now
-        self.history.append(point)
-        if not state.is_world_process_zero:
-            return
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(_line(point))
-        if self._on_point is not None:
-            self._on_point(point)
-
-
-def _line(point: TrainPoint) -> str:
-    return json.dumps(vars(point)) + "\n"
