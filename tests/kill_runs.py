@@ -3,8 +3,8 @@
     python tests/kill_runs.py BASE FOLDER NUM_KILLS [TARGET ...]
 
 Kills each target of `kill_targets.TARGETS`, or those that are named, NUM_KILLS times, and prints
-one JSON line for it. Each run is a fork of this process, which has imported everything: a start
-takes no longer than its work, so that the moments are spread over all stages.
+one JSON line for it; on stderr it counts. Each run is a fork of this process, which has imported
+everything: a start takes no longer than its work, so that the moments are spread over all stages.
 """
 
 import json
@@ -135,6 +135,7 @@ def kill(runner: Runner, folder: Path, num_kills: int) -> Counter[str]:
         reached = runner.require_whole(run_dir)
         if watched.killed:
             found[reached] += 1
+            print(f"{found.total()}: {run_dir} {watched.seconds:.1f} s, {reached}", file=sys.stderr)
         elif fresh:  # not killed at all: other jobs may have slowed the first one down
             whole = watched
         if not watched.killed or reached == runner.last_trace:
