@@ -185,7 +185,8 @@ def test_jsonl_data_needs_a_file(valid, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "keys", "words"),
     [
-        (DataKind.files, {"path": "chats.csv"}, "by its suffix, one of .jsonl, .json, .parquet"),
+        (DataKind.files, {"path": "chats.txt"}, "by its suffix, one of .jsonl, .json, .parquet"),
+        (DataKind.jsonl, {"path": "chats.csv"}, "CSV is not read"),
         (DataKind.files, {"path": "a.jsonl", "paths": ["a.jsonl"]}, "data.paths together"),
         (DataKind.files, {"paths": ["a.jsonl"], "weights": [0.0]}, "greater than 0"),
         (DataKind.files, {"paths": ["a.jsonl", "a.jsonl"]}, "named twice"),
@@ -200,7 +201,7 @@ def test_jsonl_data_needs_a_file(valid, tmp_path):
 )
 def test_each_kind_of_data_has_its_own_keys(valid, tmp_path, monkeypatch, kind, keys, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "chats.csv"):
+    for name in ("a.jsonl", "chats.txt", "chats.csv"):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError) as refused:
         validate(dataclasses.replace(valid, data=DataConfig(kind=kind, **keys)))
