@@ -227,7 +227,8 @@ def test_exporting_without_training_needs_a_saved_adapter(valid):
 
 
 def test_the_reference_rule_is_for_lora_only(valid):
-    reference = change(valid, "adapter.rounding", Rounding.reference)
+    lora = change(valid, "adapter.kind", AdapterKind.lora)
+    reference = change(lora, "adapter.rounding", Rounding.reference)
     validate(reference)
     for kind in (AdapterKind.steps, AdapterKind.both):
         with pytest.raises(ConfigError, match="adapter.rounding=reference"):
