@@ -29,6 +29,7 @@ from qatlora.plan.footprint import (
     BF16_BYTES,
     FP32_BYTES,
     LATENT_BYTES,
+    MOMENTS_BYTES,
     Job,
     footprint,
 )
@@ -50,7 +51,6 @@ _TEACHERS = {
     TeacherKind.none: "none",
 }
 _SEARCHED_WEIGHTS_PER_SECOND = 1e7  # off the grid, two CPU cores; on a grid ten times as many
-_CHECKPOINT_BYTES = LATENT_BYTES - FP32_BYTES  # of a trained weight: all but its gradient
 _CHECKPOINTS = 3  # two are kept, and a third is written before the oldest goes
 _VALIDATED_MODELS = 4  # the base, the merge, and it by both ways to Q4_0
 # Share of the measured rate that whole stages reach: elementwise passes and small products.
@@ -72,6 +72,8 @@ def planned_job(cfg: RootConfig, on_host: bool = False) -> Job:
     return Job(
         storage=cfg.storage.kind.name,
         adapter=None if cfg.distill.train is Trained.weights else adapter.kind.name,
+        latent=cfg.distill.latent.name,
+        optimizer=cfg.train.optimizer.name,
         rank=adapter.rank,
         steps_rank=adapter.steps_rank or adapter.rank,
         tokens=cfg.train.micro_batch_rows * cfg.data.max_length_tokens,
@@ -112,7 +114,8 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
     num_files = 3 if cfg.export.patch else 2  # the base's own is one more
     disk = num_files * (layout.num_grid_weights * Q4_0_BITS / 8 + others * BF16_BYTES)
-    disk += num_latents * _CHECKPOINTS * _CHECKPOINT_BYTES
+    in_checkpoint = LATENT_BYTES[cfg.distill.latent.name] + MOMENTS_BYTES[cfg.train.optimizer.name]
+    disk += num_latents * _CHECKPOINTS * in_checkpoint
     if "save_base" in cfg.stages:
         disk += layout.num_parameters * BF16_BYTES
     flops = _flops(cfg, layout, shape.hidden_size * shape.vocab_size)

@@ -212,8 +212,8 @@ def _from_hub(hub_id: str) -> Path:
     except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
         raise CheckpointError(
             f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Accept the model's terms and log in with 'hf auth "
-            "login', or download it elsewhere and give base.path=FOLDER."
+            f"{str(problem).splitlines()[0]}). Where there is a network, accept the model's terms "
+            "and log in with 'hf auth login'; else download it elsewhere and give base.path=FOLDER."
         ) from problem
 
 

@@ -136,6 +136,20 @@ class LatentSteps(Enum):
     learned = "learned"
 
 
+class Latent(Enum):
+    """Precision of trained weights between two steps."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Optimizer(Enum):
+    """AdamW with moments in float32, or bitsandbytes' with moments of 8 bits."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+
+
 class Effect(Enum):
     """What a run must have improved: the held-out chats' loss, or the KLD to the teacher."""
 

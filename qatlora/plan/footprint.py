@@ -20,8 +20,10 @@ BF16_BYTES = 2
 FP32_BYTES = 4
 # Where a trained layer keeps its blocks until the backward pass: int8 levels and their steps.
 _KEPT_BLOCK_BITS = 8 + STEP_BITS
-# Of a trained weight: itself, its gradient and two moments.
-LATENT_BYTES = 4 * FP32_BYTES
+# Of a weight that is trained itself, and of its gradient.
+LATENT_BYTES = {"fp32": FP32_BYTES, "bf16": BF16_BYTES}
+# Of AdamW's two moments of a parameter; in 8 bits there is a scale for each 256.
+MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 256)}
 # While the largest weight is read: as it is stored in bf16, its int8 levels, and their codes.
 _READ_BYTES_PER_WEIGHT = BF16_BYTES + 1 + CODE_BITS["q4_0"] / 8
 # While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
@@ -38,6 +40,8 @@ class Job:
     Attributes:
         storage: nf4, q4_0 or bf16.
         adapter: lora, steps or both; None where the weights themselves are trained.
+        latent: fp32 or bf16, where the weights themselves are trained.
+        optimizer: adamw or adamw_8bit.
         rank: of the factors of the levels.
         steps_rank: of those of the steps.
         tokens: of a micro-batch: rows times their length.
@@ -53,6 +57,8 @@ class Job:
 
     storage: str
     adapter: str | None = "lora"
+    latent: str = "fp32"
+    optimizer: str = "adamw"
     rank: int = 16
     steps_rank: int = 16
     tokens: int = 1024
@@ -72,7 +78,8 @@ class Footprint:
         weights: codes of the Q4_0 list, without steps.
         steps: theirs.
         others: embeddings, norms and towers, in bf16.
-        adapter: trainable parameters, float32.
+        replaced: of the weights, what latents take the place of; the blocks stay.
+        adapter: trainable parameters.
         gradients: theirs.
         optimizer: two moments of AdamW.
         activations: kept for the backward pass by one micro-batch, and one layer's gradients.
@@ -91,6 +98,7 @@ class Footprint:
     weights: float
     steps: float
     others: float
+    replaced: float
     adapter: float
     gradients: float
     optimizer: float
@@ -112,6 +120,11 @@ class Footprint:
         return self.weights + self.steps + self.others
 
     @property
+    def attached(self) -> float:
+        """The base from then on, below what is trained."""
+        return self.base - self.replaced
+
+    @property
     def load(self) -> float:
         """Peak while loading."""
         return self.base + max(self.reading, self.teacher) + self.workspace
@@ -121,17 +134,17 @@ class Footprint:
         """Peak of a training step."""
         course = self.adapter + self.gradients + self.optimizer
         step = self.activations + self.blocks + self.loss + self.workspace
-        return self.base + self._taught_by + course + step
+        return self.attached + self._taught_by + course + step
 
     @property
     def evaluate(self) -> float:
         """Peak of an evaluation before training."""
-        return self.base + self.adapter + self._taught_by + self.held + self.workspace
+        return self.attached + self.adapter + self._taught_by + self.held + self.workspace
 
     @property
     def export(self) -> float:
         """Peak of export and guard."""
-        ours, file = self.base + self.adapter, self.read_back
+        ours, file = self.attached + self.adapter, self.read_back
         together = ours + file if self.base_stays else max(ours, file)
         return max(ours + self.held, together) + self.head + self.workspace
 
@@ -163,6 +176,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         weights=weights,
         steps=shape.num_grid_weights * STEP_BITS / 8,
         others=others,
+        replaced=_replaced_bytes(shape, job),
         **_course(shape, job),
         activations=job.tokens * (shape.kept.total(checkpointing=job.checkpointing) + one_layer),
         blocks=_block_bytes(shape, job),
@@ -182,14 +196,20 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     return dataclasses.replace(result, **dict.fromkeys(course, 0.0))
 
 
+def _replaced_bytes(shape: ModelShape, job: Job) -> float:
+    if job.adapter is not None:
+        return 0.0
+    return num_weights(shape.trained) * (CODE_BITS[job.storage] - CODE_BITS["q4_0"]) / 8
+
+
 def _course(shape: ModelShape, job: Job) -> dict[str, float]:
     """Parameters, gradients and moments."""
     if job.adapter is None:
         trained = num_weights(shape.trained)
     else:
         trained = shape.adapter_parameters(job.adapter, job.rank, job.steps_rank)
-    one = trained * FP32_BYTES
-    return {"adapter": one, "gradients": one, "optimizer": LATENT_BYTES * trained - 2 * one}
+    one = trained * (FP32_BYTES if job.adapter else LATENT_BYTES[job.latent])
+    return {"adapter": one, "gradients": one, "optimizer": trained * MOMENTS_BYTES[job.optimizer]}
 
 
 def _block_bytes(shape: ModelShape, job: Job) -> float:

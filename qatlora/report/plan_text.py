@@ -10,7 +10,7 @@ PARTS = {
     "weights": "codes of the Q4_0 list",
     "steps": "their steps",
     "others": "embeddings, norms, towers (bf16)",
-    "adapter": "adapter (float32)",
+    "adapter": "trained parameters",
     "gradients": "gradients",
     "optimizer": "moments of AdamW",
     "activations": "activations of a micro-batch",

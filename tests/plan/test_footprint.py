@@ -7,10 +7,12 @@ import pytest
 import torch
 from loaded_cases import RULE, adapted_model, loaded
 
+from qatlora.adapters.deployed import LatentRule
+from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.layer import GridAdapter
 from qatlora.base.layout import plain_config
 from qatlora.base.published import published_config
-from qatlora.base.stores import Store
+from qatlora.base.stores import Q4Store, Store
 from qatlora.evaluate import final_hidden_states
 from qatlora.plan.choose import LEANEST, Allowed, longest_row, recommend, usable_bytes
 from qatlora.plan.footprint import Job, footprint
@@ -66,6 +68,18 @@ def test_an_adapter_has_the_counted_parameters(kind: str, tiny_multimodal_folder
     adapted = adapted_model(tiny_multimodal_folder, kind=kind)
     shape = model_shape(plain_config(tiny_multimodal_folder))
     assert shape.adapter_parameters(kind, RULE.rank, RULE.steps_rank) == adapted.num_trainable
+
+
+@pytest.mark.parametrize(("latent", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_trained_weights_take_the_place_of_the_bases(
+    latent: str, dtype: torch.dtype, tiny_llama_folder: Path
+):
+    model = attach_latents(loaded(tiny_llama_folder, "bf16"), LatentRule("frozen"), dtype)
+    held = sum(weight.nbytes for weight in model.parameter_groups().levels)
+    codes = sum(one.codes.nbytes for one in model.model.modules() if isinstance(one, Q4Store))
+    needs = footprint(model_shape(plain_config(tiny_llama_folder)), Job("bf16", None, latent))
+    assert needs.adapter == needs.gradients == held
+    assert needs.attached - needs.steps - needs.others == codes
 
 
 def test_what_autograd_keeps_is_what_was_counted(tiny_multimodal_folder: Path):

@@ -91,7 +91,7 @@ def test_where_no_teacher_fits_beside_the_base_the_commands_for_another_one_work
     if teacher == "self":
         base = tmp_path / "on grid"
         on_grid_folder(tiny_llama_folder, base)
-    shape, job = model_shape(plain_config(base)), Job("q4_0", tokens=128, **LEANEST)
+    shape, job = model_shape(plain_config(base)), Job("q4_0", "steps", tokens=128, **LEANEST)
     peaks = [
         footprint(shape, dataclasses.replace(job, teacher=one)).peak for one in (teacher, "memory")
     ]
