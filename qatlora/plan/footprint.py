@@ -28,6 +28,7 @@ MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 25
 _READ_BYTES_PER_WEIGHT = BF16_BYTES + 1 + CODE_BITS["q4_0"] / 8
 # While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
 _WORKSPACE_BYTES_PER_WEIGHT = BF16_BYTES + 1
+_NF4_VALUES_BYTES_PER_WEIGHT = BF16_BYTES  # before they become levels, NF4 is decoded itself
 _TILE_BYTES = 64e6
 _SCORED_BLOCK_BYTES = 32e6
 
@@ -164,7 +165,10 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     dense_in_memory = shape.num_grid_weights - num_weights(coded)  # Q4_0 in the GGUF alone
     weights = num_weights(coded) * CODE_BITS[job.storage] / 8 + dense_in_memory * BF16_BYTES
     others = (shape.num_parameters - shape.num_grid_weights) * BF16_BYTES
-    workspace = max(map(_area, shape.grid)) * _WORKSPACE_BYTES_PER_WEIGHT + _TILE_BYTES
+    per_weight = _WORKSPACE_BYTES_PER_WEIGHT
+    if job.storage == "nf4":
+        per_weight += _NF4_VALUES_BYTES_PER_WEIGHT
+    workspace = max(map(_area, shape.grid)) * per_weight + _TILE_BYTES
     one_layer = max(shape.kept.layers)  # its gradients, while the backward pass is in it
     dense_text = shape.num_text_parameters * BF16_BYTES
     packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - Q4_0_BITS / 8)
