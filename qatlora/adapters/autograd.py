@@ -20,7 +20,8 @@ steps where they are learned:
     latents   dw = g * step' / step       (step' = step where the steps do not move)
     steps     dc = sum over the block of g * level * step
 
-The whole of g is then the result; its products run in x's dtype, and it is widened once.
+The whole of g is then the result: its products run in x's dtype, it is scaled in float32, and
+handed over in the latent's dtype.
 """
 
 from typing import TYPE_CHECKING, Any

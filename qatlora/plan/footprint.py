@@ -121,7 +121,7 @@ class Footprint:
 
     @property
     def attached(self) -> float:
-        """The base from then on, below what is trained."""
+        """The base once latents, if any, have replaced their weights; without what is trained."""
         return self.base - self.replaced
 
     @property
