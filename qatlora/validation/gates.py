@@ -74,7 +74,7 @@ def on_grid_gate(base_share: float, merged_share: float) -> GateResult:
         merged_share,
         ON_GRID_SHARE,
         "share",
-        f"of the trained blocks lie on a Q4_0 grid; in the base {base_share:.1%}",
+        f"{merged_share:.1%} of the trained blocks lie on a Q4_0 grid; in the base {base_share:.1%}",
     )
     if base_share >= ON_GRID_SHARE:
         return gate
@@ -97,10 +97,12 @@ def gguf_gates(
         types: in which the file stores the matrices of its layers.
         settings: the limits.
     """
-    message = f"of the trained blocks are reproduced by the file's {', '.join(sorted(types))}"
+    stored = ", ".join(sorted(types))
+    message = f"{exact_share:.1%} of the trained blocks are reproduced by the file's {stored}"
     blocks = at_least("gguf_blocks", exact_share, ON_GRID_SHARE, "share", message)
     if on_grid_share < ON_GRID_SHARE:
         blocks = skipped(blocks, "the checkpoint lies on no grid")
     limit = settings.gguf_kld_max_nats
-    kld = at_most("gguf_kld", kld_mean, limit, "nats/token", "KLD from the checkpoint to the GGUF")
+    message = f"the KLD from the checkpoint to the GGUF is {kld_mean:.4g} nats per token"
+    kld = at_most("gguf_kld", kld_mean, limit, "nats/token", message)
     return [blocks, kld]
