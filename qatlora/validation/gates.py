@@ -74,7 +74,7 @@ def on_grid_gate(base_share: float, merged_share: float) -> GateResult:
         merged_share,
         ON_GRID_SHARE,
         "share",
-        f"{merged_share:.1%} of the trained blocks lie on a Q4_0 grid; in the base {base_share:.1%}",
+        f"{merged_share:.1%} of the trained blocks lie on a Q4_0 grid, {base_share:.1%} in the base",
     )
     if base_share >= ON_GRID_SHARE:
         return gate
