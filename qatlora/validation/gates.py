@@ -69,7 +69,8 @@ def deciding_share(kept: KeptEffect) -> float | None:
 
 def on_grid_gate(base_share: float, merged_share: float) -> GateResult:
     """A merge of a base on a grid is on a grid, too."""
-    message = f"{merged_share:.1%} of the trained blocks lie on a grid, {base_share:.1%} in the base"
+    on_grid = f"{merged_share:.1%} of the trained blocks lie on a grid"
+    message = f"{on_grid}, {base_share:.1%} in the base"
     gate = at_least("on_grid", merged_share, ON_GRID_SHARE, "share", message)
     if base_share >= ON_GRID_SHARE:
         return gate
