@@ -9,7 +9,7 @@ import torch
 from qatlora import pipeline, preflight
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.source import find_source
-from qatlora.config import RootConfig, Storage, Trained
+from qatlora.config import Latent, Optimizer, RootConfig, Storage, Trained
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ConfigError, ResourceError
 from qatlora.plan.shape import model_shape
@@ -32,6 +32,12 @@ def test_trained_weights_count_with_gradient_moments_and_checkpoints(
     cfg.stages = ["load_base", "train", "save_base"]
     saved = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     assert saved.disk_bytes - weights.disk_bytes == 2 * layout.num_parameters
+    cfg.distill.latent, cfg.train.optimizer = Latent.bf16, Optimizer.adamw_8bit
+    lean = preflight.estimate(cfg, source, layout, torch.device("cpu"))
+    # Latent and gradient lose two bytes each, the moments six, less their scales.
+    assert saved.memory_bytes - lean.memory_bytes > 9.9 * layout.num_grid_weights
+    less_in_checkpoints = saved.disk_bytes - lean.disk_bytes
+    assert less_in_checkpoints == pytest.approx(24 * layout.num_grid_weights, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,13 @@ def test_a_comparison_counts_the_base_file_of_one_text_where_llama_cpp_judges(
     cfg.fidelity.llama_cpp = True
     judged = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     assert judged.disk_bytes - needs.disk_bytes == 500 * 2 * (384 + 4)
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_long() -> None:
+    cfg = RootConfig(stages=["preflight"])
+    cfg.train.device = "cuda:64"
+    with pytest.raises(ConfigError, match=r"train\.device=cuda:64: .* GPUs.*train\.device=auto"):
+        pipeline.run(cfg)
 
 
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(

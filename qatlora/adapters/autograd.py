@@ -161,7 +161,7 @@ class _LevelGradients:
 
 
 class LatentProduct(torch.autograd.Function):
-    """y = x W^T of a `LatentLinear`; x [..., in] in the compute dtype, parameters float32."""
+    """y = x W^T of a `LatentLinear`; x [..., in] in the compute dtype."""
 
     @staticmethod
     def forward(
@@ -193,4 +193,4 @@ class LatentProduct(torch.autograd.Function):
             grad_change = (g_blocks * levels).sum(-1).mul_(layer.steps)
             ratio = blocks.steps.float() * reciprocal(layer.steps)
             g_blocks.mul_(ratio.unsqueeze(-1))
-        return grad_x, None, g, grad_change
+        return grad_x, None, g.to(layer.latent.dtype), grad_change

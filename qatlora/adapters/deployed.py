@@ -6,7 +6,7 @@ A deployed weight is ``step * level``. An adapter of kind
     steps   moves the steps:   step' = fp16(step * (1 + scale_s * (B_s A_s)))
     both    moves the levels by the base's steps, then the steps
 
-Without an adapter the weights themselves may be trained, as float32 latents w over frozen base
+Without an adapter the weights themselves may be trained, as latents w over frozen base
 steps (`LatentRule`): level = clamp(round(w / step), -8, 7), and the steps stay, move by a factor of
 their own, or are chosen anew with the levels by llama.cpp's rule.
 
@@ -82,6 +82,11 @@ class AdapterRule:
         """True for steps and both."""
         return self.kind in ("steps", "both")
 
+    def dithers(self, on_grid: bool) -> bool:
+        """Whether levels are rounded with the dither, over a base that lies on a grid or not."""
+        rounds = self.moves_levels and self.rounding == "frozen"
+        return rounds and (self.dither == "always" or (self.dither == "auto" and on_grid))
+
     @property
     def scale(self) -> float:
         """Factor of B A."""
@@ -129,7 +134,7 @@ def _of_latents(layer: "LatentLinear") -> Q4Blocks:
     if layer.settled is not None:
         return layer.settled
     if layer.rule.steps == "recomputed":
-        return encode_reference(layer.latent)
+        return encode_reference(layer.latent.float())
     # A product with the reciprocal, not a quotient: eight times faster, and a decoded level still
     # comes back, because half a level is far more than a rounding.
     per_step = reciprocal(layer.steps).unsqueeze(-1)
@@ -155,7 +160,7 @@ def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor)
     store, num_rows, width = base.store, len(up), down.shape[-1]
     product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps)
     by_row = by_column = None
-    if rule.dither == "always" or (rule.dither == "auto" and store.on_grid):
+    if rule.dithers(store.on_grid):
         noise = Dither(rule.seed, base.tensor_name)
         rows_of_tensor = slice(base.first_row, base.first_row + num_rows)
         by_row, by_column = noise.ramps(rows_of_tensor, width, up.device)

@@ -12,11 +12,11 @@ from qatlora.grid import Q4Blocks, eager_in_user_graphs, encode_reference, settl
 
 
 class LatentLinear(nn.Module):
-    """y = x W^T + bias with W the deployed weight of a trained float32 latent [out, in].
+    """y = x W^T + bias with W the deployed weight of a trained latent [out, in].
 
     Attributes:
         rule: how the latent becomes blocks.
-        latent: the checkpoint's weight in float32; the parameter.
+        latent: the checkpoint's weight in float32 or bf16; the parameter.
         step_change: float32 [out, in / 32], 0 at the start, where the steps are learned; else None.
         steps: float16 [out, in / 32], the frozen steps of the checkpoint's weight.
         zero_blocks: int64 [n, 2], row and column of the blocks that nothing can move.
@@ -29,17 +29,24 @@ class LatentLinear(nn.Module):
     steps: Tensor
     zero_blocks: Tensor
 
-    def __init__(self, base: GridLinear, weight: Tensor, rule: LatentRule) -> None:
+    def __init__(
+        self,
+        base: GridLinear,
+        weight: Tensor,
+        rule: LatentRule,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Take over name, steps and bias of a loaded layer, and start from the weight given.
 
         Args:
             base: a layer of the loaded base; it is not kept.
             weight: the checkpoint's, floating point [out, in]; copied.
             rule: how the latent becomes blocks.
+            dtype: of the latent.
         """
         super().__init__()
         self.rule = rule
-        self.latent = nn.Parameter(weight.detach().to(torch.float32, copy=True))
+        self.latent = nn.Parameter(weight.detach().to(dtype, copy=True))
         steps, zero_blocks = base.store.steps, base.store.zero_blocks
         if rule.steps == "recomputed":
             zero_blocks = zero_blocks[:0]

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from qatlora.adapters.deployed import LatentRule
@@ -48,8 +49,15 @@ class LatentModel(GridModel):
         return [layer for layer in self.trainable() if isinstance(layer, LatentLinear)]
 
 
-def attach_latents(base: LoadedBase, rule: LatentRule) -> LatentModel:
+def attach_latents(
+    base: LoadedBase, rule: LatentRule, dtype: torch.dtype = torch.float32
+) -> LatentModel:
     """Put a `LatentLinear` in place of every trained linear, and of every expert, of the base.
+
+    Args:
+        base: the base; its trained layers are replaced.
+        rule: how the latents become blocks.
+        dtype: of the latents.
 
     Raises:
         AdapterError: the base is not stored as bf16, so the fractions of its weights are gone.
@@ -58,18 +66,20 @@ def attach_latents(base: LoadedBase, rule: LatentRule) -> LatentModel:
         layer = base.model.get_submodule(name)
         if isinstance(layer, ExpertStack):
             for number, linear in enumerate(layer.linears()):
-                layer.experts[number] = _latent(linear, base, rule)
+                layer.experts[number] = _latent(linear, base, rule, dtype)
         else:
             assert isinstance(layer, GridLinear)
-            base.model.set_submodule(name, _latent(layer, base, rule))
+            base.model.set_submodule(name, _latent(layer, base, rule, dtype))
     return LatentModel(base, base.model, rule)
 
 
-def _latent(linear: GridLinear, base: LoadedBase, rule: LatentRule) -> LatentLinear:
+def _latent(
+    linear: GridLinear, base: LoadedBase, rule: LatentRule, dtype: torch.dtype
+) -> LatentLinear:
     weight = linear.checkpoint_weight()
     if weight is None:
         raise AdapterError(
             f"The base is stored as {base.storage}, and training its weights starts from the "
             "checkpoint's own values, which only bf16 keeps. Use storage=bf16."
         )
-    return LatentLinear(linear, weight, rule)
+    return LatentLinear(linear, weight, rule, dtype)

@@ -29,7 +29,7 @@ from qatlora.distill import Divergence, LmHead, LossSettings, chunked_loss
 from qatlora.evaluate import final_hidden_states
 from qatlora.memory import forget_peak_rss, peak_rss_since_forgotten, resident_bytes
 from qatlora.quiet import quiet_libraries
-from qatlora.train.run import build_optimizer
+from qatlora.train.optimizers import build_optimizer
 
 FORGET_PEAK = "forget_peak"
 
@@ -116,7 +116,7 @@ class _Stand:
         self._model = adapted.model.train()
         if job.train.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = build_optimizer(adapted, job.train)
+        self._optimizer = build_optimizer(adapted.parameter_groups(), job.train, job.seed)
         self._head = LmHead.of(self._model).to(job.ground.compute_dtype)
         self._settings = LossSettings(compute_dtype=job.ground.compute_dtype)
         self._vocab_size = self._head.vocab_size

@@ -43,6 +43,14 @@ class Storage(Enum):
     bf16 = "bf16"
 
 
+class Holds(Enum):
+    """What a published checkpoint holds: ordinary bf16 values, such on a Q4_0 grid, or NF4."""
+
+    bf16 = "bf16"
+    on_grid = "on_grid"
+    nf4 = "nf4"
+
+
 class AdapterKind(Enum):
     """What the adapter changes: the levels (lora), the steps, or both."""
 
@@ -126,6 +134,20 @@ class LatentSteps(Enum):
     frozen = "frozen"
     recomputed = "recomputed"
     learned = "learned"
+
+
+class Latent(Enum):
+    """Precision of trained weights between two steps."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Optimizer(Enum):
+    """AdamW with moments in float32, or bitsandbytes' with moments of 8 bits."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
 
 
 class Effect(Enum):

@@ -45,7 +45,7 @@ def verdict(report: RunReport) -> Verdict:
         good = not report.doctor.missing
         return Verdict(doctor_headline(report.doctor), good, remedies(report.doctor))
     if report.plan is not None:
-        return Verdict(plan_headline(report.plan), None, [])
+        return Verdict(plan_headline(report.plan), None, report.plan.recommended.commands)
     if report.preview is not None:
         return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:

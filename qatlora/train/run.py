@@ -21,9 +21,8 @@ from qatlora.report.results_curve import CurvePoint
 from qatlora.train import checkpoints
 from qatlora.train.interruption import Interruption
 from qatlora.train.logs import EvalLog, OnEval, OnPoint, OnStep, PointFile, StepLog
+from qatlora.train.optimizers import build_optimizer
 from qatlora.train.trainer import GridTrainer, Objective, RowCollator, training_record
-
-_FUSED_FROM = 1 << 24
 
 
 class Trainable(Protocol):
@@ -91,7 +90,7 @@ def train(
         data_collator=RowCollator(_pad_token_id(adapted.tokenizer)),
         processing_class=adapted.tokenizer,
         callbacks=[log, interruption, *scoring],
-        optimizers=(build_optimizer(adapted, settings), None),
+        optimizers=(build_optimizer(adapted.parameter_groups(), settings, seed), None),
     )
     trainer.remove_callback(PrinterCallback)
     with interruption.watching(run_dir):
@@ -173,18 +172,6 @@ def _micro_batches_per_process(settings: TrainConfig) -> int:
             "the processes."
         )
     return each
-
-
-def build_optimizer(adapted: Trainable, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate for the levels and one for the steps."""
-    groups = adapted.parameter_groups()
-    rated = ((groups.levels, settings.learning_rate), (groups.steps, settings.steps_learning_rate))
-    return torch.optim.AdamW(
-        [{"params": group, "lr": rate} for group, rate in rated if group],
-        weight_decay=settings.weight_decay,
-        # One pass over parameter, gradient and moments: it matters where these are whole weights.
-        fused=True if adapted.num_trainable > _FUSED_FROM else None,
-    )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

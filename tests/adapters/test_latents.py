@@ -21,12 +21,14 @@ from qatlora.grid.format import latents, pack
 RULES = ["frozen", "recomputed", "learned"]
 
 
-def latent_layer(steps: str, *, moved: bool = True) -> LatentLinear:
+def latent_layer(
+    steps: str, *, moved: bool = True, dtype: torch.dtype = torch.float32
+) -> LatentLinear:
     """A layer off its grid with one dead block; `moved`: after some training."""
     blocks = random_blocks()
     weight = decode(blocks) + 0.3 * blocks.steps.float().repeat_interleave(32, 1)
     store = Bf16Store(weight.bfloat16(), blocks.steps, on_grid=False)
-    layer = LatentLinear(GridLinear("model.x", store), store.weight, LatentRule(steps))
+    layer = LatentLinear(GridLinear("model.x", store), store.weight, LatentRule(steps), dtype)
     if moved:
         generator = torch.Generator().manual_seed(4)
         with torch.no_grad():
@@ -96,6 +98,20 @@ def test_bf16_products_give_float32_gradients_within_their_rounding() -> None:
         assert parameter.grad.dtype == torch.float32
         error = (parameter.grad.double() - expected[name]).abs().max()
         assert error <= 2**-7 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("steps", RULES)
+def test_a_latent_in_bf16_is_the_float32_one_of_its_value(steps: str) -> None:
+    narrow, wide = latent_layer(steps, dtype=torch.bfloat16), latent_layer(steps)
+    wide.latent.data = narrow.latent.detach().float()
+    assert torch.equal(pack(deployed_weight(narrow)), pack(deployed_weight(wide)))
+    for layer in (narrow, wide):
+        torch.manual_seed(3)
+        layer(torch.randn(5, IN)).square().sum().backward()
+    for parameter, expected in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert expected.grad is not None
+        assert torch.equal(parameter.grad, expected.grad.to(parameter.dtype))
 
 
 @pytest.mark.parametrize("steps", RULES)

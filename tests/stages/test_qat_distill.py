@@ -10,7 +10,9 @@ from pipeline_cases import DISTILL_STAGES, distill, settings
 from qatlora import pipeline
 from qatlora.config import (
     AdapterKind,
+    Latent,
     LatentSteps,
+    Optimizer,
     Storage,
     TeacherKind,
     Trained,
@@ -101,9 +103,14 @@ def test_adapters_alone_are_distilled_by_the_same_recipe(
     assert report.checkpoint.on_grid_share == 1
 
 
-@pytest.mark.parametrize("steps", ["frozen", "learned"])
+@pytest.mark.parametrize(
+    ("steps", "latent", "optimizer"),
+    [("frozen", "fp32", "adamw"), ("learned", "bf16", "adamw_8bit")],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(
     steps: str,
+    latent: str,
+    optimizer: str,
     tiny_gemma3_folder: Path,
     files: dict[str, Path],
     tmp_path: Path,
@@ -119,6 +126,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     runs = {}
     for name in ("whole", "killed"):
         runs[name] = distill(tiny_gemma3_folder, files, tmp_path / name, steps)
+        runs[name].distill.latent = Latent[latent]
+        runs[name].train.optimizer = Optimizer[optimizer]
         runs[name].stages = [*DISTILL_STAGES[: DISTILL_STAGES.index("train") + 1], "save_base"]
     expected = pipeline.run(runs["whole"])
     with monkeypatch.context() as patch:
