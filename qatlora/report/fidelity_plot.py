@@ -96,6 +96,8 @@ def _first_loss(result: FidelityResult, edges: Sequence[float]) -> float:
     """The edge up to which, for every model and text with a KLD, nearly all tokens are above."""
     histograms = [text.histogram for model in result.models for text in model.texts.values()]
     curves = [shares for shares in map(_shares_above, histograms) if shares[0] > 0]
+    if not curves:
+        return edges[1]
     shares = [min(at_edge) for at_edge in zip(*curves, strict=True)]
     whole = [x for x, share in zip(edges[1:], shares, strict=True) if share > _NEARLY_ALL]
     return max(whole, default=edges[1])

@@ -69,13 +69,9 @@ def deciding_share(kept: KeptEffect) -> float | None:
 
 def on_grid_gate(base_share: float, merged_share: float) -> GateResult:
     """A merge of a base on a grid is on a grid, too."""
-    gate = at_least(
-        "on_grid",
-        merged_share,
-        ON_GRID_SHARE,
-        "share",
-        f"of the trained blocks lie on a Q4_0 grid; in the base {base_share:.1%}",
-    )
+    on_grid = f"{merged_share:.1%} of the trained blocks lie on a grid"
+    message = f"{on_grid}, {base_share:.1%} in the base"
+    gate = at_least("on_grid", merged_share, ON_GRID_SHARE, "share", message)
     if base_share >= ON_GRID_SHARE:
         return gate
     return skipped(gate, "the base lies on no grid")
@@ -97,10 +93,12 @@ def gguf_gates(
         types: in which the file stores the matrices of its layers.
         settings: the limits.
     """
-    message = f"of the trained blocks are reproduced by the file's {', '.join(sorted(types))}"
+    stored = ", ".join(sorted(types))
+    message = f"{exact_share:.1%} of the trained blocks are reproduced by the file's {stored}"
     blocks = at_least("gguf_blocks", exact_share, ON_GRID_SHARE, "share", message)
     if on_grid_share < ON_GRID_SHARE:
         blocks = skipped(blocks, "the checkpoint lies on no grid")
     limit = settings.gguf_kld_max_nats
-    kld = at_most("gguf_kld", kld_mean, limit, "nats/token", "KLD from the checkpoint to the GGUF")
+    message = f"the KLD from the checkpoint to the GGUF is {kld_mean:.4g} nats per token"
+    kld = at_most("gguf_kld", kld_mean, limit, "nats/token", message)
     return [blocks, kld]

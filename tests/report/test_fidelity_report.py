@@ -121,6 +121,8 @@ def test_an_exact_model_is_named_beside_the_curves_and_does_not_stretch_them():
     named = [entry.get_text() for entry in axis.get_legend().get_texts()]
     assert named == ["q4_0: 0 everywhere", "nf4"]
     assert axis.get_xlim()[0] == KLD_BIN_EDGES[5]
+    (axis,) = distribution_figure(report(exact).fidelity, KLD_BIN_EDGES).axes[-1:]
+    assert len(axis.get_legend().get_texts()) == 1
 
 
 def test_no_curve_leaves_the_plot_of_positions():
