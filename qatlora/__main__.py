@@ -7,11 +7,9 @@ shown only with QATLORA_TRACEBACK=1.
 """
 
 import contextlib
-import errno
 import gc
 import importlib.util
 import os
-import re
 import signal
 import sys
 import traceback
@@ -21,14 +19,13 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config.rules import validate
 from qatlora.errors import ConfigError, Interrupted, QatloraError, SweepFailed, closest
+from qatlora.explained import explain
 from qatlora.interrupts import handled, interrupt
 from qatlora.paths import shipped
 from qatlora.quiet import quiet_libraries
@@ -37,9 +34,12 @@ from qatlora.sweep import SweepFolder, gather, record_run
 
 _TRACEBACK_VARIABLE = "QATLORA_TRACEBACK"
 _INTERRUPTED = 128 + 2  # the shell's code for a process that SIGINT ended
-_ENVIRONMENT_ERRNOS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+_HYDRAS_FLAGS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun",
+    "--info", "-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i",
 )  # fmt: skip
+"""It takes their beginnings, too."""
 
 _HELP = """\
 Usage: python -m qatlora recipe=NAME [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -68,6 +68,7 @@ def main() -> None:
             print(_help())
             return
         register_recipes(shipped("recipes"))
+        _check_flags(arguments)
         _check_choices_are_named(arguments)
         _check_launcher_is_installed(arguments)
         _check_processes(arguments)
@@ -78,7 +79,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("Interrupted; what was written before stays in the run folder.", _INTERRUPTED)
     except Exception as error:
-        explained = _explain(error)
+        explained = explain(error)
         if explained is None:
             raise
         _fail(*explained)
@@ -101,6 +102,18 @@ def register_recipes(recipes: Path) -> None:
         node = OmegaConf.load(path)
         OmegaConf.update(node, "card.name", path.stem)
         store.store(group="recipe", name=path.stem, node=node, package="_global_")
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Refuse `--key value` as other programs take it, which Hydra answers with its usage."""
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and not any(known.startswith(flag) for known in _HYDRAS_FLAGS):
+            raise ConfigError(
+                f"{argument}: there is no such flag. A setting is given as KEY=VALUE, without "
+                "dashes and with its section, as in train.max_steps=100; --help lists the common "
+                "ones."
+            )
 
 
 def _check_choices_are_named(arguments: Sequence[str]) -> None:
@@ -186,7 +199,7 @@ def _run_job(cfg: DictConfig) -> None:
         try:
             _run_pipeline(cfg)
         except Exception as error:
-            explained = _explain(error)
+            explained = explain(error)
             if explained is None:
                 traceback.print_exc()  # a bug
             reason = explained[0] if explained else f"{type(error).__name__}: {error}"
@@ -234,59 +247,6 @@ def _fail(message: str, exit_code: int) -> None:
         traceback.print_exc()
     print(f"qatlora: {message}", file=sys.stderr)
     sys.exit(exit_code)
-
-
-def _explain(error: Exception) -> tuple[str, int] | None:
-    """Message of one paragraph and exit code, or None where only a traceback will do."""
-    if isinstance(error, QatloraError):
-        return _one_paragraph(str(error)), error.exit_code
-    if isinstance(error, HydraException):
-        return _explain_composition(error), ConfigError.exit_code
-    if _errno_of(error) in _ENVIRONMENT_ERRNOS:
-        return (
-            f"{error}. Free some space or grant access, or write elsewhere with run_dir=FOLDER "
-            "and QATLORA_CACHE=FOLDER."
-        ), QatloraError.exit_code
-    return None
-
-
-def _errno_of(error: Exception) -> int | None:
-    """What the system refused; safetensors says it in its message alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
-
-
-def _explain_composition(error: HydraException) -> str:
-    """What Hydra could not compose: the key, what it may be, and the nearest of that."""
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: no such {group}; {closest(choice, error.options)}"
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} is not understood: settings are given as KEY=VALUE. Quote a value "
-            "that holds commas or brackets, as in 'run_dir=\"my,run\"'."
-        )
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        parent, _, key = cause.full_key.rpartition(".")
-        section = f" in {parent}" if parent else ""
-        choices = closest(key, _keys_of(parent))
-        return f"{cause.full_key}: there is no setting {key!r}{section}; {choices}"
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {_one_paragraph(str(cause.msg or cause).splitlines()[0])}."
-    return _one_paragraph(str(error))
-
-
-def _keys_of(parent: str) -> list[str]:
-    schema = OmegaConf.structured(RootConfig)
-    node = OmegaConf.select(schema, parent) if parent else schema
-    return [str(key) for key in node] + ([] if parent else ["recipe"])
-
-
-def _one_paragraph(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _recipe_names() -> list[str]:

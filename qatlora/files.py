@@ -1,4 +1,8 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+"""Files that are either whole or absent: written beside their place, synced, then renamed.
+
+What gets its name may be read by whom the umask says: safetensors and `tempfile` write for their
+owner alone, and a run folder or a cache may be shared with colleagues.
+"""
 
 import contextlib
 import hashlib
@@ -13,6 +17,7 @@ SUMS = "SHA256SUMS"
 """What a folder says of its files, one line each, as `sha256sum -c` reads it."""
 
 _CHUNK_BYTES = 1 << 20
+_READ_AND_WRITE = 0o666  # a program's right to be executed is kept besides
 
 
 @contextlib.contextmanager
@@ -26,8 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+        finish(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -48,14 +52,22 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def move_folder(partial: Path, path: Path) -> None:
-    """Sync every file of `partial` and rename it to `path`, in place of what was there."""
+    """`finish` every file of `partial` and rename it to `path`, in place of what was there."""
     for written in partial.rglob("*"):
-        if written.is_file():
-            with written.open("rb") as handle:
-                os.fsync(handle.fileno())
+        if written.is_file() and not written.is_symlink():
+            finish(written)
     if path.exists():
         remove_folder(path)
     partial.replace(path)
+
+
+def finish(written: Path) -> None:
+    """Before a file gets its name: open it to whom the umask says, and sync it."""
+    os.umask(umask := os.umask(0o077))  # it cannot be read without being set
+    with contextlib.suppress(PermissionError):  # of a file system that knows no modes
+        written.chmod((written.stat().st_mode | _READ_AND_WRITE) & ~umask)
+    with written.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def remove_folder(path: Path) -> None:

@@ -5,7 +5,14 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+# Of glibc's malloc.h. What is larger than 32 MiB, glibc always gives back; of the rest it comes to
+# keep twice that by itself.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_BYTES = 32 << 20
+_USUALLY_KEPT_BYTES, _KEPT_BYTES = 64 << 20, 256 << 20
 
 
 def peak_rss_bytes() -> int:
@@ -33,6 +40,27 @@ def give_back() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc only
+
+
+@contextlib.contextmanager
+def freed_kept() -> Iterator[None]:
+    """Keep up to 256 MB of freed memory for the next tensors while this lasts.
+
+    glibc else gives every large tensor back to the system at once, and the next one costs a page
+    fault per 4 kB: of a small model's forward on a CPU that is more than a twentieth of the time.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt  # glibc only
+    except (OSError, AttributeError):
+        yield
+        return
+
+    set_option(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    try:
+        yield
+    finally:
+        set_option(_M_TRIM_THRESHOLD, _USUALLY_KEPT_BYTES)
 
 
 def forget_peak_rss() -> bool:

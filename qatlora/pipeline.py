@@ -35,7 +35,6 @@ from qatlora.evaluate import ScoreSettings
 from qatlora.evaluate.models import Evaluation
 from qatlora.evaluate.samples import answers
 from qatlora.export.candidate import write_candidate
-from qatlora.report.json_report import plain
 from qatlora.report.results import LayerChange, RunReport, StageTime
 from qatlora.run_folder import claimed
 from qatlora.stages.benchmark import benchmark
@@ -62,6 +61,7 @@ from qatlora.stages.teacher_cache import teacher_cache
 from qatlora.stages.validate import decide, validate
 from qatlora.state import Run, dtype_of, report_of
 from qatlora.tracking import open_tracker
+from qatlora.train.checkpoints import steps_done
 from qatlora.train.objective import build_objective
 from qatlora.train.run import fit_to_processes, train
 
@@ -82,7 +82,7 @@ def run(cfg: RootConfig) -> RunReport:
         if not processes.is_first():
             return _help_to_train(state)
         with claimed(state.run_dir), state.tracked():
-            settings = plain(dataclasses.asdict(cfg))
+            settings = state.settings()
             check_run_folder(state, settings)
             for name in cfg.stages:
                 start = time.monotonic()
@@ -149,8 +149,8 @@ def _evaluate_base(state: Run) -> None:
 def _train(state: Run) -> None:
     cfg = state.cfg
     if processes.is_first():
-        settings = plain(dataclasses.asdict(cfg))
-        state.tracker = open_tracker(cfg.logging, state.run_dir, settings)
+        last_step = steps_done(state.run_dir, resume=cfg.train.resume)
+        state.tracker = open_tracker(cfg.logging, state.run_dir, state.settings(), last_step)
     with state.bar("train", cfg.train.max_steps, "steps") as advance:
         state.train = train(
             state.adapted,

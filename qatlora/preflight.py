@@ -46,7 +46,7 @@ _REPORT_BYTES = 1e7
 _CACHE_CHUNKS = 4  # logits of a chunk of tokens, float32: a teacher's, a student's, two to work in
 _TEACHERS = {
     TeacherKind.bf16: "memory",
-    TeacherKind.self: "cache",  # logits beside the student's, and no weights
+    TeacherKind.self: "self",
     TeacherKind.cache: "cache",
     TeacherKind.none: "none",
 }
@@ -66,7 +66,7 @@ class Needs:
     seconds: float
 
 
-def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False) -> Job:
+def planned_job(cfg: RootConfig, on_host: bool = False) -> Job:
     """What the memory model needs to know of the settings."""
     adapter = cfg.adapter
     return Job(
@@ -82,7 +82,6 @@ def planned_job(cfg: RootConfig, loads_dense: bool = True, on_host: bool = False
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
-        loads_dense=loads_dense,
         on_host=on_host,
     )
 
@@ -107,11 +106,10 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
     if "load_base" not in cfg.stages:
         return _estimate_streaming(source, layout)
     shape = model_shape(plain_config(source.folder), cfg.base.trained)
-    dense, on_host = not source.packed_modules, device.type == "cpu"
-    memory = footprint(shape, planned_job(cfg, dense, on_host)).peak
+    on_host = device.type == "cpu"
+    memory = footprint(shape, planned_job(cfg, on_host)).peak
     if on_host:
-        memory = (memory + _mapped_bytes(cfg, source, layout)) * (1 + _UNCOUNTED_SHARE)
-        memory += _IMPORTED_LIBRARIES_BYTES
+        memory = memory * (1 + _UNCOUNTED_SHARE) + _IMPORTED_LIBRARIES_BYTES
     others = layout.num_parameters - layout.num_grid_weights
     num_latents = layout.num_grid_weights if cfg.distill.train is Trained.weights else 0
     num_files = 3 if cfg.export.patch else 2  # the base's own is one more
@@ -122,12 +120,6 @@ def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.devi
         disk += layout.num_parameters * BF16_BYTES
     flops = _flops(cfg, layout, shape.hidden_size * shape.vocab_size)
     return Needs(memory, disk, flops / (_EFFICIENCY * _measured_rate(device)))
-
-
-def _mapped_bytes(cfg: RootConfig, source: Source, layout: Layout) -> float:
-    """Pages of a bf16 file that is mapped while a CPU quantizes it; they stay until others come."""
-    to_nf4 = cfg.storage.kind is Storage.nf4 and not source.nf4_modules
-    return layout.num_grid_weights * BF16_BYTES if to_nf4 else 0.0
 
 
 def _estimate_cache(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
@@ -195,17 +187,18 @@ def _estimate_streaming(source: Source, layout: Layout) -> Needs:
 
 
 def _estimate_build(cfg: RootConfig, layout: Layout) -> Needs:
-    """A build streams: one shard, the tensor at work and, for NF4, the model that is saved."""
+    """A build streams: one shard and the tensor at work; an NF4 build is then loaded and asked."""
     coded = layout.num_grid_weights
     if cfg.storage.kind is Storage.nf4:  # experts stay bf16 in its folder
         coded -= layout.num_expert_weights
     bits = CODE_BITS[cfg.storage.kind.name]
     built = coded * bits / 8 + (layout.num_parameters - coded) * BF16_BYTES
     built += layout.num_grid_weights * STEP_BITS / 8
-    memory = _IMPORTED_LIBRARIES_BYTES + min(built, cfg.build.max_shard_gb * 1e9)
+    memory = min(built, cfg.build.max_shard_gb * 1e9)
     memory += layout.max_grid_weights * _STREAMED_BYTES_PER_WEIGHT
     if cfg.storage.kind is Storage.nf4:
-        memory += built
+        memory = max(memory + layout.num_grid_weights * STEP_BITS / 8, built)
+    memory += _IMPORTED_LIBRARIES_BYTES
     return Needs(memory, built, layout.num_grid_weights / _SEARCHED_WEIGHTS_PER_SECOND)
 
 

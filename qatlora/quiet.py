@@ -26,7 +26,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Renamed arguments inside other libraries.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    libraries = r"(accelerate|peft|transformers|trl)\."
+    warnings.filterwarnings("ignore", category=FutureWarning, module=libraries)
     # A launcher's own schema checks our file of the same name: deprecated, and welcome.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/", category=UserWarning)
     for name in _CHATTY_LOGGERS:

@@ -22,12 +22,14 @@ from qatlora.base.source import Source
 from qatlora.config import Precision, RootConfig
 from qatlora.data.rows import Batches, Text
 from qatlora.distill import TeacherCache
+from qatlora.errors import ConfigError
 from qatlora.evaluate import KldStatistics
 from qatlora.evaluate.models import Evaluation
 from qatlora.export.candidate import Candidate
 from qatlora.fidelity.plan import Comparison
 from qatlora.llamacpp.source import llama_cpp_version
 from qatlora.memory import peak_rss_bytes
+from qatlora.report.json_report import plain
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
@@ -103,6 +105,10 @@ class Run:
     checkpoint: CheckpointResult | None = None
     times: list[StageTime] = field(default_factory=list)
     tracker: Tracker = field(default_factory=NoTracker)  # another one from training on
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as JSON values: for the run folder, and for what follows the run."""
+        return plain(dataclasses.asdict(self.cfg))
 
     def bar(self, name: str, total: int, unit: str) -> Any:
         """A progress bar for a long part of a stage."""
@@ -212,10 +218,11 @@ def _adapter_result(adapted: AdaptedModel) -> AdapterResult:
     rule = adapted.rule
     return AdapterResult(
         kind=rule.kind,
-        rank=rule.rank,
-        alpha=rule.alpha,
-        rounding=rule.rounding,
-        dither=rule.dither == "always" or (rule.dither == "auto" and adapted.base.on_grid),
+        rank=rule.rank if rule.moves_levels else None,
+        alpha=rule.alpha if rule.moves_levels else None,
+        rounding=rule.rounding if rule.moves_levels else None,
+        dither=rule.dithers(adapted.base.on_grid),
+        steps_rank=rule.steps_rank if rule.moves_steps else None,
         trainable_parameters=adapted.num_trainable,
         tensors=len(adapted.base.trained),
     )
@@ -230,9 +237,16 @@ def _latents_result(latents: LatentModel) -> LatentsResult:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(
+            f"train.device={name}: PyTorch {torch.__version__} sees {num_gpus} GPUs here, counted "
+            "from 0. Use train.device=auto or cpu; recipe=doctor says what is missing."
+        )
+    return device
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

@@ -3,8 +3,8 @@
     python tests/kill_runs.py BASE FOLDER NUM_KILLS [TARGET ...]
 
 Kills each target of `kill_targets.TARGETS`, or those that are named, NUM_KILLS times, and prints
-one JSON line for it. Each run is a fork of this process, which has imported everything: a start
-takes no longer than its work, so that the moments are spread over all stages.
+one JSON line for it; on stderr it counts. Each run is a fork of this process, which has imported
+everything: a start takes no longer than its work, so that the moments are spread over all stages.
 """
 
 import json
@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from qatlora.files import SUMS, broken_sum
 from qatlora.llamacpp.gguf_read import read_gguf
+from qatlora.llamacpp.source import check_converter
 
 READERS: dict[str, Callable[[Path], object]] = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
@@ -62,6 +64,8 @@ class Runner(NamedTuple):
             try:
                 self.target.run(self.case, run_dir)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(code)
@@ -134,6 +138,7 @@ def kill(runner: Runner, folder: Path, num_kills: int) -> Counter[str]:
         reached = runner.require_whole(run_dir)
         if watched.killed:
             found[reached] += 1
+            print(f"{found.total()}: {run_dir} {watched.seconds:.1f} s, {reached}", file=sys.stderr)
         elif fresh:  # not killed at all: other jobs may have slowed the first one down
             whole = watched
         if not watched.killed or reached == runner.last_trace:
@@ -148,6 +153,7 @@ def kill(runner: Runner, folder: Path, num_kills: int) -> Counter[str]:
 def main(base: Path, folder: Path, num_kills: int, names: list[str]) -> None:
     """Kill the targets one after the other."""
     torch.set_num_threads(1)
+    check_converter()  # its answer is kept, so that no start waits for it
     case = Case.make(base, folder)
     for name in names or TARGETS:
         found = kill(Runner(TARGETS[name], case), folder / name, num_kills)

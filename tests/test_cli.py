@@ -76,10 +76,14 @@ def command(pipeline, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         (["recipe=chat_sft", "base=null"], ["base=null", "smollm2_135m"]),
         (["recipe=chat_sft", "storage=q8"], ["storage=q8", "bf16, nf4, q4_0"]),
         (["recipe=chat_sft", "storage.kind=q8"], ["storage.kind", "nf4, q4_0, bf16"]),
-        (["recipe=chat_sft", "train.max_steps=many"], ["train.max_steps", "many", "Integer"]),
+        (
+            ["recipe=chat_sft", "train.max_steps=many"],
+            ["train.max_steps", "many", "--cfg job"],
+        ),
         (["recipe=chat_sft", "+train.speed=9"], ["train.speed", "no such setting"]),
         (["recipe=chat_sft", "adapter.rank=0"], ["adapter.rank=0", "at least 1"]),
         (["recipe=chat_sft", "adapter.rank=8,16"], ["adapter.rank=8,16", "--multirun"]),
+        (["recipe=chat_sft", "--train.max_steps=5"], ["--train.max_steps=5", "without dashes"]),
         (["recipe=chat_sft", "seed"], ["'seed'", "KEY=VALUE"]),
         (["recipe=chat_sft", "base.path=no/such"], ["no/such", "no such file"]),
         (["recipe=merge"], ["adapter.path=RUN_FOLDER/adapter"]),
@@ -151,6 +155,15 @@ def test_a_full_disk_is_one_paragraph(command, pipeline):
     assert exit_code == 1
     assert "x.gguf" in message
     assert "run_dir=FOLDER" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_run_folder_that_is_a_file_is_one_paragraph(command, tmp_path, sweep):
+    (tmp_path / "taken").touch()
+    exit_code, message = command(*sweep, "recipe=chat_sft", "run_dir=taken")
+    assert exit_code == 1
+    assert "taken is a file" in message
     assert message.count("\n") == 1
 
 

@@ -83,11 +83,11 @@ def test_every_choice_of_every_group_composes_and_says_what_it_is(choice):
     assert first_line.startswith("# ")
 
 
-def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_lora(valid):
+def test_the_default_run_is_valid_and_is_the_embedded_base_in_nf4_with_a_step_adapter(valid):
     validate(valid)
     assert valid.base.embedded == valid.base.name == "gemma3_270m"
     assert valid.storage.kind is Storage.nf4
-    assert valid.adapter.kind is AdapterKind.lora
+    assert valid.adapter.kind is AdapterKind.steps
     assert valid.adapter.alpha != valid.adapter.rank
 
 
@@ -185,7 +185,8 @@ def test_jsonl_data_needs_a_file(valid, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "keys", "words"),
     [
-        (DataKind.files, {"path": "chats.csv"}, "by its suffix, one of .jsonl, .json, .parquet"),
+        (DataKind.files, {"path": "chats.txt"}, "by its suffix, one of .jsonl, .json, .parquet"),
+        (DataKind.jsonl, {"path": "chats.csv"}, "CSV is not read"),
         (DataKind.files, {"path": "a.jsonl", "paths": ["a.jsonl"]}, "data.paths together"),
         (DataKind.files, {"paths": ["a.jsonl"], "weights": [0.0]}, "greater than 0"),
         (DataKind.files, {"paths": ["a.jsonl", "a.jsonl"]}, "named twice"),
@@ -200,7 +201,7 @@ def test_jsonl_data_needs_a_file(valid, tmp_path):
 )
 def test_each_kind_of_data_has_its_own_keys(valid, tmp_path, monkeypatch, kind, keys, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "chats.csv"):
+    for name in ("a.jsonl", "chats.txt", "chats.csv"):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError) as refused:
         validate(dataclasses.replace(valid, data=DataConfig(kind=kind, **keys)))
@@ -226,7 +227,8 @@ def test_exporting_without_training_needs_a_saved_adapter(valid):
 
 
 def test_the_reference_rule_is_for_lora_only(valid):
-    reference = change(valid, "adapter.rounding", Rounding.reference)
+    lora = change(valid, "adapter.kind", AdapterKind.lora)
+    reference = change(lora, "adapter.rounding", Rounding.reference)
     validate(reference)
     for kind in (AdapterKind.steps, AdapterKind.both):
         with pytest.raises(ConfigError, match="adapter.rounding=reference"):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_config import compose
 
-from qatlora.__main__ import _explain
 from qatlora.config import RootConfig, to_dataclasses
 from qatlora.config.rules import validate
+from qatlora.explained import explain
 
 
 def keys(node: Any, prefix: str = "") -> list[str]:
@@ -46,7 +46,7 @@ def test_any_setting_is_taken_or_refused_in_one_paragraph(recipe: str, changes: 
         cfg = to_dataclasses(compose(f"recipe={recipe}", *changes))
         validate(cfg)
     except Exception as error:
-        explained = _explain(error)
+        explained = explain(error)
         if explained is None:
             raise
         message, exit_code = explained

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "data": {"config", "registry", "progress"},
     "distill": {"config", "progress"},
     "adapters": {"config", "grid", "base", "progress"},
-    "evaluate": {"config", "distill", "adapters", "llamacpp", "progress"},
+    "evaluate": {"config", "distill", "adapters", "llamacpp", "memory", "progress"},
     "train": {
         "config",
         "adapters",
@@ -91,11 +91,30 @@ MAY_IMPORT = {
     "state": None,  # what a run knows, and the main path: they join the rooms
     "pipeline": None,
     "sweep": set(),
-    "__main__": {"config", "doctor", "interrupts", "pipeline", "quiet", "report", "sweep"},
+    "explained": {"config"},
+    "__main__": {
+        "config",
+        "doctor",
+        "explained",
+        "interrupts",
+        "pipeline",
+        "quiet",
+        "report",
+        "sweep",
+    },
 }
 """Room or top-level module -> what of qatlora it may import besides FLOOR; None: anything."""
 
-ROOT_CONFIG = {"config", "doctor", "preflight", "stages", "state", "pipeline", "__main__"}
+ROOT_CONFIG = {
+    "config",
+    "doctor",
+    "preflight",
+    "stages",
+    "state",
+    "pipeline",
+    "explained",
+    "__main__",
+}
 """Who may see all settings at once."""
 
 WITHOUT_TORCH = (
@@ -107,6 +126,7 @@ WITHOUT_TORCH = (
     "model_spec",
     "interrupts",
     "sweep",
+    "explained",
     "__main__",
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy"}

@@ -138,6 +138,13 @@ def test_a_comparison_counts_the_base_file_of_one_text_where_llama_cpp_judges(
     assert judged.disk_bytes - needs.disk_bytes == 500 * 2 * (384 + 4)
 
 
+def test_a_gpu_that_is_not_there_is_refused_before_anything_long() -> None:
+    cfg = RootConfig(stages=["preflight"])
+    cfg.train.device = "cuda:64"
+    with pytest.raises(ConfigError, match=r"train\.device=cuda:64: .* GPUs.*train\.device=auto"):
+        pipeline.run(cfg)
+
+
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

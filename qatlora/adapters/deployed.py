@@ -82,6 +82,11 @@ class AdapterRule:
         """True for steps and both."""
         return self.kind in ("steps", "both")
 
+    def dithers(self, on_grid: bool) -> bool:
+        """Whether levels are rounded with the dither, over a base that lies on a grid or not."""
+        rounds = self.moves_levels and self.rounding == "frozen"
+        return rounds and (self.dither == "always" or (self.dither == "auto" and on_grid))
+
     @property
     def scale(self) -> float:
         """Factor of B A."""
@@ -155,7 +160,7 @@ def _moved_levels(base: GridLinear, rule: AdapterRule, down: Tensor, up: Tensor)
     store, num_rows, width = base.store, len(up), down.shape[-1]
     product, per_step = LowRank(up, down, rule.scale), reciprocal(store.steps)
     by_row = by_column = None
-    if rule.dither == "always" or (rule.dither == "auto" and store.on_grid):
+    if rule.dithers(store.on_grid):
         noise = Dither(rule.seed, base.tensor_name)
         rows_of_tensor = slice(base.first_row, base.first_row + num_rows)
         by_row, by_column = noise.ramps(rows_of_tensor, width, up.device)

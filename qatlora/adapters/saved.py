@@ -93,7 +93,8 @@ def read_identity(folder: Path) -> AdapterIdentity:
         if not (folder / name).is_file():
             raise AdapterError(
                 f"adapter.path is '{folder}', which has no {name}. Give the folder 'adapter' of a "
-                "qatlora run; a plain LoRA of another tool was not trained inside the grid."
+                "qatlora run; a plain LoRA of another tool was not trained inside the grid, and "
+                "recipe=validate validate.adapter=FOLDER says what Q4_0 would keep of it."
             )
     if problem := files.broken_sum(folder):
         raise AdapterError(
@@ -117,6 +118,29 @@ def read_identity(folder: Path) -> AdapterIdentity:
             "trained it, or train again."
         )
     return identity
+
+
+def require_base(
+    identity: AdapterIdentity, folder: Path, trained: tuple[str, ...], storage: str
+) -> None:
+    """Refuse what names and storage tell already; the rest tells the digest of the loaded base.
+
+    Raises:
+        AdapterError: other weights are trained, or one of the two bases is in NF4.
+    """
+    if sorted(identity.trained) != sorted(trained):
+        strange = next(iter(set(identity.trained) ^ set(trained)), None)
+        raise AdapterError(
+            f"The adapter in {folder} changes {len(identity.trained)} weights of "
+            f"'{identity.base_name}', and of the base at hand {len(trained)} are trained; "
+            f"{strange} is among one of them only. Set base and base.trained as in its run."
+        )
+    if "nf4" in {identity.base_storage, storage} and identity.base_storage != storage:
+        raise AdapterError(
+            f"The adapter in {folder} was trained on '{identity.base_name}' as "
+            f"{identity.base_storage}, and storage={storage} has other steps or levels, so the "
+            f"adapter would deploy other weights. Set storage={identity.base_storage}."
+        )
 
 
 def load_adapter(base: LoadedBase, folder: Path) -> tuple[AdaptedModel, AdapterIdentity]:

@@ -22,9 +22,13 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def fill_model(
     model: PreTrainedModel, tensors: Mapping[str, Tensor], device: torch.device
 ) -> PreTrainedModel:
-    """Give an empty model its tensors, frozen; those that are left out stay on the meta device."""
+    """Give an empty model its tensors, frozen; those that are left out stay on the meta device.
+
+    As in transformers, weights that should be tied and are both there with other values, are not.
+    """
+    missing = model.state_dict().keys() - tensors.keys()
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights(missing_keys=missing)
     for buffer_name, buffer in list(model.named_buffers()):
         owner, _, name = buffer_name.rpartition(".")
         setattr(model.get_submodule(owner), name, buffer.to(device))

@@ -16,16 +16,11 @@ from torch import Tensor
 
 from qatlora.base.experts import matrices
 from qatlora.base.names import is_stack, weight_key
+from qatlora.base.nf4 import dequantized_nf4, quantized_nf4
 from qatlora.base.packed import packed_blocks
 from qatlora.base.source import Source
-from qatlora.base.stores import (
-    Bf16Store,
-    Nf4Store,
-    Q4Store,
-    Store,
-    dequantized_nf4,
-    quantized_nf4,
-)
+from qatlora.base.stores import Bf16Store, Nf4Store, Q4Store, Store
+from qatlora.base.streamed import stored_nf4
 from qatlora.grid import decode, recover
 
 # A checkpoint counts as on a grid when nearly all blocks of a tensor are: a single odd block (an
@@ -60,15 +55,14 @@ class LayerGrid(NamedTuple):
         return digests[0] if len(digests) == 1 else _digest_of(digests)
 
 
-def layer_grid(
-    source: Source, name: str, held: Tensor, kind: str, device: torch.device
-) -> LayerGrid:
-    """Find steps and latent levels of one weight and keep them as `kind`.
+def layer_grid(source: Source, name: str, kind: str, device: torch.device) -> LayerGrid:
+    """Read one weight, find its steps and latent levels, and keep them as `kind`.
+
+    In memory are the weight as stored, its blocks, and what is kept of them.
 
     Args:
         source: the checkpoint.
         name: the weight's name in the lists.
-        held: the loaded weight; it is not looked at where the source is packed.
         kind: nf4, q4_0 or bf16.
         device: where the stores go.
 
@@ -77,28 +71,32 @@ def layer_grid(
     """
     if name in source.packed_modules:
         return _stored_blocks(source, name, kind, device)
+    if name in source.nf4_modules:
+        weight = stored_nf4(source, name, device)
+    else:
+        weight = source.tensor(weight_key(name)).to(device)
     if _has_stored_steps(source, name):
-        return _stored_steps(source, name, held, kind, device)
-    blocks, on_grid_blocks = recover(_best_weight(source, name, held).to(device))
-    num_on_grid = int(on_grid_blocks.sum())
-    if kind == "q4_0":
-        return LayerGrid(tuple(map(Q4Store, matrices(blocks))), num_on_grid)
-    on_grid = num_on_grid >= ON_GRID_SHARE * blocks.steps.numel()
-    return LayerGrid(_stores(name, held, blocks.steps, kind, on_grid=on_grid), num_on_grid)
+        steps, num_on_grid, on_grid = _stored_steps(source, name, device)
+    else:
+        blocks, on_grid_blocks = recover(_values(source, name, weight))
+        steps, num_on_grid = blocks.steps, int(on_grid_blocks.sum())
+        if kind == "q4_0":
+            return LayerGrid(tuple(map(Q4Store, matrices(blocks))), num_on_grid)
+        del blocks
+        on_grid = num_on_grid >= ON_GRID_SHARE * steps.numel()
+    return LayerGrid(_stores(weight, steps, kind, on_grid=on_grid), num_on_grid)
 
 
-def _stores(
-    name: str, held: Tensor, steps: Tensor, kind: str, *, on_grid: bool
-) -> tuple[Store, ...]:
-    """The loaded weight and its steps; of a stack matrix by matrix, which become NF4 only here."""
-    if hasattr(held, "quant_state"):
-        return (Nf4Store(held, steps, on_grid=on_grid),)
-    if not is_stack(name):  # in NF4 storage, too, if it is in the Q4_0 list alone
-        return (Bf16Store(held.detach(), steps, on_grid=on_grid),)
-    pairs = zip(held.detach(), steps, strict=True)
+def _stores(weight: Tensor, steps: Tensor, kind: str, *, on_grid: bool) -> tuple[Store, ...]:
+    """A weight as it was read, and its steps; of a stack matrix by matrix."""
+    if hasattr(weight, "quant_state"):
+        return (Nf4Store(weight, steps, on_grid=on_grid),)
+    pairs = [(weight, steps)] if weight.ndim == 2 else zip(weight, steps, strict=True)
     if kind == "nf4":
-        return tuple(Nf4Store(quantized_nf4(one), its, on_grid=on_grid) for one, its in pairs)
-    return tuple(Bf16Store(one, its, on_grid=on_grid) for one, its in pairs)
+        return tuple(
+            Nf4Store(quantized_nf4(one.bfloat16()), its, on_grid=on_grid) for one, its in pairs
+        )
+    return tuple(Bf16Store(one.bfloat16(), its, on_grid=on_grid) for one, its in pairs)
 
 
 def base_digest(stores: Mapping[str, str]) -> str:
@@ -130,24 +128,22 @@ def _has_stored_steps(source: Source, name: str) -> bool:
     return name in source.nf4_modules or (is_stack(name) and name in source.record.blocks)
 
 
-def _stored_steps(
-    source: Source, name: str, held: Tensor, kind: str, device: torch.device
-) -> LayerGrid:
+def _stored_steps(source: Source, name: str, device: torch.device) -> tuple[Tensor, int, bool]:
+    """Steps, number of blocks on a grid, and whether those are nearly all, by a build's record."""
     assert source.record is not None
     num_on_grid = source.record.on_grid_blocks[name]
     on_grid = num_on_grid >= ON_GRID_SHARE * source.record.blocks[name]
-    steps = source.steps(name).to(device)
-    return LayerGrid(_stores(name, held, steps, kind, on_grid=on_grid), num_on_grid)
+    return source.steps(name).to(device), num_on_grid, on_grid
 
 
-def _best_weight(source: Source, name: str, held: Tensor) -> Tensor:
-    """The bf16 source weight, or the dequantized NF4 where there is no source."""
+def _values(source: Source, name: str, weight: Tensor) -> Tensor:
+    """The checkpoint's own values, or the dequantized NF4 where there are no others."""
     if name not in source.nf4_modules:
-        return source.tensor(weight_key(name))
+        return weight
     warnings.warn(
         f"{source.name} is an NF4 build whose bf16 source is not at hand, so its steps are "
         "searched from the NF4 values: only about a quarter of an on-grid checkpoint's weights "
         "come back. Give base.path of the bf16 checkpoint to keep its grid.",
         stacklevel=2,
     )
-    return dequantized_nf4(held)
+    return dequantized_nf4(weight)

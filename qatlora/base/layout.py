@@ -54,6 +54,10 @@ class Layout:
         """Those of `nf4` that bitsandbytes makes NF4: it knows linears, and no stacks."""
         return tuple(name for name in self.nf4 if not is_stack(name))
 
+    def kept_as(self, name: str, storage: str) -> str:
+        """How a weight of `grid` is kept: in NF4 storage those of the Q4_0 list alone stay bf16."""
+        return storage if storage != "nf4" or name in self.nf4 else "bf16"
+
 
 def find_layout(source: Source, settings: BaseConfig) -> Layout:
     """Apply the lists to the architecture without reading a weight.

@@ -1,10 +1,10 @@
 """Load a checkpoint so that every trained weight knows its steps and latent levels.
 
-    Source (folder) -> transformers model in bf16 or NF4 -> GridLinear for each Q4_0 linear
-                                                         -> ExpertStack for each stack of experts
+    Source (folder) -> transformers model without the weights on the grid
+                    -> one weight after the other: GridLinear for each linear of the Q4_0 list,
+                                                   ExpertStack for each stack of experts
 
-Where the steps come from is told in `qatlora.base.grids`. A packed Q4_0 build never becomes a dense
-model: its weights are left out until these layers take their place.
+Where the steps come from is told in `qatlora.base.grids`. Only storage=bf16 makes a dense model.
 """
 
 from collections.abc import Callable, Collection
@@ -15,7 +15,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,10 +24,11 @@ from qatlora.base.experts import PLAIN_IMPLEMENTATION, put_layer
 from qatlora.base.grids import ON_GRID_SHARE, base_digest, layer_grid
 from qatlora.base.intact import require_all_found, require_sum
 from qatlora.base.layout import Layout
-from qatlora.base.names import weight_key
-from qatlora.base.packed import model_unpacked, model_without_packed
+from qatlora.base.nf4 import make_safe, nf4_config
+from qatlora.base.packed import model_unpacked
 from qatlora.base.record import is_packed
 from qatlora.base.source import Source, read_source
+from qatlora.base.streamed import model_without
 from qatlora.config import StorageConfig
 from qatlora.errors import CheckpointError
 
@@ -100,10 +100,10 @@ def load_base(
     """
     kind = storage.kind.name
     require_storage(source, kind)
-    model = _load_model(source, layout, kind, device)
+    model = model_without(source, layout.grid, device, torch.bfloat16)
     digests, num_on_grid, num_blocks = {}, 0, 0
     for name in layout.grid:
-        grid = layer_grid(source, name, model.get_parameter(weight_key(name)), kind, device)
+        grid = layer_grid(source, name, layout.kept_as(name, kind), device)
         put_layer(model, name, grid.stores)
         digests[name] = grid.digest()
         if name in layout.trained:
@@ -190,37 +190,18 @@ def _require_recorded(source: Source, kind: str, grid: Collection[str], digest: 
         )
 
 
-def _load_model(source: Source, layout: Layout, kind: str, device: torch.device) -> PreTrainedModel:
-    """The transformers model whose Q4_0 linears still wait for their `GridLinear`."""
-    if kind == "nf4":
-        return load_nf4(source, layout, device)
-    if source.packed_modules:
-        return model_without_packed(source, device, torch.bfloat16)
-    return _from_pretrained(source.folder, device, dtype=torch.bfloat16)
-
-
 def load_nf4(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
     """The frozen transformers model with exactly `layout.nf4_modules` as Linear4bit.
 
     Raises:
         CheckpointError: transformers cannot load it, or made other modules NF4.
     """
-    model = load_nf4_to_save(source, layout, device)
-    _forget_quantizer(model)
-    return model
-
-
-def load_nf4_to_save(source: Source, layout: Layout, device: torch.device) -> PreTrainedModel:
-    """As `load_nf4`, but the model still knows its quantizer, as `save_pretrained` must.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or made other modules NF4.
-    """
-    quantizer = None if source.nf4_modules else _nf4_config(layout.not_nf4)
+    quantizer = None if source.nf4_modules else nf4_config(layout.not_nf4)
     model = _from_pretrained(
         source.folder, device, dtype=torch.bfloat16, quantization_config=quantizer
     )
     require_nf4(model, layout.nf4_modules, source.folder)
+    _forget_quantizer(model)
     return model
 
 
@@ -243,25 +224,7 @@ def require_nf4(model: PreTrainedModel, wanted: Collection[str], folder: Path) -
             "transformers and bitsandbytes: use constraints.txt."
         )
     for linear in found.values():
-        # Else a forward without gradients repacks the weight in place on some CPUs, and whatever
-        # dequantizes or saves it later reads garbage (bitsandbytes 0.50).
-        linear.support_avx512bf16_for_cpu = False
-
-
-def _nf4_config(skipped: tuple[str, ...]) -> BitsAndBytesConfig:
-    """NF4, double quant, bf16 compute, uint8 storage, and every other linear named as skipped.
-
-    The skip list holds full names, because transformers matches keys from the start of a name or
-    as a bare suffix: 'proj' would skip every q_proj.
-    """
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.uint8,
-        llm_int8_skip_modules=list(skipped),
-    )
+        make_safe(linear)
 
 
 def _from_pretrained(folder: Path, device: torch.device, **options: object) -> PreTrainedModel:

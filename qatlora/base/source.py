@@ -116,6 +116,11 @@ class Source:
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(self.stored_names.get(name, name))
 
+    def tensor_with_parts(self, name: str) -> dict[str, Tensor]:
+        """A tensor and those whose names go on behind its own: scales and code books of NF4."""
+        keys = [key for key in self.files if key == name or key.startswith(f"{name}.")]
+        return {key: self.tensor(key) for key in keys}
+
     def steps(self, name: str) -> Tensor:
         """The steps that an NF4 build with a record keeps of its source: float16 [out, in / 32]."""
         require_sum(self.folder / STEPS_FILE)
@@ -207,8 +212,8 @@ def _from_hub(hub_id: str) -> Path:
     except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
         raise CheckpointError(
             f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Accept the model's terms and log in with 'hf auth "
-            "login', or download it elsewhere and give base.path=FOLDER."
+            f"{str(problem).splitlines()[0]}). Where there is a network, accept the model's terms "
+            "and log in with 'hf auth login'; else download it elsewhere and give base.path=FOLDER."
         ) from problem
 
 

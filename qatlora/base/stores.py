@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from qatlora.base.nf4 import dequantized_nf4
 from qatlora.grid import (
     BLOCK_SIZE,
     Q4Blocks,
@@ -193,23 +194,6 @@ class Nf4Store(Store):
         state = self.weight.quant_state
         nested = [state.state2.absmax, state.offset.reshape(1)] if state.nested else []
         return [self.weight.data, state.absmax, *nested]
-
-
-def quantized_nf4(weight: Tensor) -> Tensor:
-    """Quantize a matrix [out, in] to a `Params4bit` as loading a `Linear4bit` does."""
-    from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Params4bit
-
-    settings = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": torch.uint8}
-    packed, state = quantize_4bit(weight, **settings)
-    return Params4bit(packed, quant_state=state, bnb_quantized=True, **settings)
-
-
-def dequantized_nf4(weight: Tensor) -> Tensor:
-    """Dequantize a `Params4bit`; returns [out, in] in the checkpoint's dtype."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def unpacked_levels(codes: Tensor, steps: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ def embedded_base(name: str, chat_template: str | None = None) -> Path:
         )
     base = EMBEDDED_BASES[name]
     target = _bases_folder() / f"{name}-{base.version}-{_FORMAT}"
+    if target.is_dir():  # perhaps in the cache of somebody else, where no lock can be taken
+        return target
     with filelock.FileLock(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             with assembled(base) as gguf:

@@ -12,6 +12,7 @@ _KEYS_OF_KIND = {
     DataKind.files: ("data.path", "data.paths"),
     DataKind.hub: ("data.hub_id",),
 }
+_TABLES_OF_TEXT = (".csv", ".tsv")
 _WHERE_FROM = {
     DataKind.chitchat: (
         "that set comes from a package and reads no file. Add data=jsonl, data=files or data=hub, "
@@ -64,9 +65,16 @@ def check_chat_source(data: DataConfig) -> None:
 
 def _check_chat_file(path: str, kind: DataKind) -> None:
     if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no such file"
         raise ConfigError(
-            f"data.path={path}: no such file. Give a JSONL file with one "
+            f"data.path={path}: {found}. Give a JSONL file with one "
             '{"messages": [...]} per line, or another that data=files reads.'
+        )
+    if Path(path).suffix.lower() in _TABLES_OF_TEXT:
+        raise ConfigError(
+            f"data.path={path}: CSV is not read, as it has neither types nor turns. Convert it by "
+            "pandas.read_csv(FILE).to_json('chats.jsonl', orient='records', lines=True), with the "
+            "columns of one layout in docs/data.md, and give data=files data.path=chats.jsonl."
         )
     if kind is DataKind.files and Path(path).suffix.lower() not in CHAT_SUFFIXES:
         raise ConfigError(

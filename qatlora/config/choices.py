@@ -43,6 +43,14 @@ class Storage(Enum):
     bf16 = "bf16"
 
 
+class Holds(Enum):
+    """What a published checkpoint holds: ordinary bf16 values, such on a Q4_0 grid, or NF4."""
+
+    bf16 = "bf16"
+    on_grid = "on_grid"
+    nf4 = "nf4"
+
+
 class AdapterKind(Enum):
     """What the adapter changes: the levels (lora), the steps, or both."""
 

@@ -139,7 +139,7 @@ def _check_numbers(cfg: RootConfig) -> None:
             raise ConfigError(f"{key}={value}: must be at least {minimum}. Set {key} higher.")
     for key in _POSITIVE:
         value = operator.attrgetter(key)(cfg)
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{key}={value}: must be greater than 0. Set {key} higher.")
 
 

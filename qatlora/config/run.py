@@ -9,6 +9,7 @@ from qatlora.config.choices import (
     Dither,
     DivergenceKind,
     Effect,
+    Holds,
     Latent,
     LatentSteps,
     LrScheduler,
@@ -54,6 +55,9 @@ class BaseConfig:
     """Model id on the Hugging Face hub."""
     architecture: str | None = None
     """Shipped configuration of a published checkpoint, which recipe=plan counts without it."""
+    holds: Holds = Holds.bf16
+    """What that checkpoint is reported to hold, which recipe=plan takes for granted: bf16, on_grid
+    (bf16 values on a Q4_0 grid) or nf4."""
     chat_template: str | None = None
     """Name of a shipped template or a Jinja file; null: the checkpoint's own."""
     trained: list[str] | None = None
@@ -71,7 +75,7 @@ class StorageConfig:
 class AdapterConfig:
     """What is trained, and by which rule it reaches the grid."""
 
-    kind: AdapterKind = AdapterKind.lora
+    kind: AdapterKind = AdapterKind.steps
     rank: int = 16
     """Of the low-rank change of the levels."""
     alpha: float = 32.0
@@ -164,8 +168,9 @@ class TrainConfig:
     """Optimizer steps."""
     learning_rate: float = 1e-3
     """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
-    steps_learning_rate: float = 1e-2
-    """Peak rate of what moves the steps: low-rank factors, or a relative change per block."""
+    steps_learning_rate: float | None = None
+    """Peak rate of what moves the steps: low-rank factors, or a relative change per block; null:
+    ten times learning_rate."""
     optimizer: Optimizer = Optimizer.adamw
     lr_scheduler: LrScheduler = LrScheduler.cosine
     warmup_ratio: float = 0.1
@@ -193,6 +198,13 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = Precision.auto
+
+    @property
+    def rate_of_steps(self) -> float:
+        """Peak rate of what moves the steps, as it is in force."""
+        if self.steps_learning_rate is not None:
+            return self.steps_learning_rate
+        return 10 * self.learning_rate
 
 
 @dataclass

@@ -91,11 +91,16 @@ class LmHead:
         return torch.cat(parts, dim=1)
 
     def logits_of_words(
-        self, hidden: Tensor, start: int, count: int, compute_dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        start: int,
+        count: int,
+        compute_dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return the columns [T, start:start+count] of `logits`."""
+        """Return the columns [T, start:start+count] of `logits`, in `out` if it is given."""
         rows = self.weight[start : start + count]
-        raw = multiply_transposed(hidden, rows, compute_dtype)
+        raw = multiply_transposed(hidden, rows, compute_dtype, out)
         return self.finish_(raw, start)
 
     def finish_(self, raw: Tensor, start: int = 0) -> Tensor:

@@ -16,24 +16,27 @@ import torch
 from torch import Tensor
 
 
-def multiply_transposed(left: Tensor, right: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def multiply_transposed(
+    left: Tensor, right: Tensor, compute_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Return left @ right.T with factors rounded to `compute_dtype` and the sums kept.
 
     Args:
         left: [n, k], any float dtype.
         right: [m, k], any float dtype; converted as a whole, so pass slices of large matrices.
         compute_dtype: bfloat16, float32 or float64.
+        out: [n, m], where the result goes; a large new tensor costs a page fault per 4 kB on a CPU.
 
     Returns:
         [n, m], float32 (float64 for a float64 `compute_dtype`).
     """
     if compute_dtype != torch.bfloat16:
-        return torch.mm(left.to(compute_dtype), right.to(compute_dtype).t())
+        return torch.mm(left.to(compute_dtype), right.to(compute_dtype).t(), out=out)
     left, right = left.to(torch.bfloat16), right.to(torch.bfloat16)
     if left.device.type == "cuda":
-        return torch.mm(left, right.t(), out_dtype=torch.float32)
+        return torch.mm(left, right.t(), out_dtype=torch.float32, out=out)
     with _bf16_products_on_cpu():
-        return torch.mm(left.float(), right.float().t())
+        return torch.mm(left.float(), right.float().t(), out=out)
 
 
 @contextmanager

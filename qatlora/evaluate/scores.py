@@ -1,13 +1,12 @@
 """Scores per token, from final hidden states: nats of the text and of the KL from a reference.
 
-The vocabulary is walked in tiles of [C tokens, n words]; per token only the running maximum, the
-sum of exponentials and the weighted difference of logits are kept (a streaming log-sum-exp):
-
     KL(ref || model) = sum_w p_w (a_w - b_w) - (logsumexp(a) - logsumexp(b))
 
-with logits a of the reference, b of the model and p = softmax(a). It is exactly 0 for identical
-states and heads, because every tile's difference is. Logits carry fp32 sums of the products
-(see qatlora.distill.matmul), sums of a tile are fp32, sums over tiles float64.
+with logits a of the reference, b of the model and p = softmax(a). The vocabulary is walked in tiles
+of [C tokens, n words]; the softmax is that of a tile's words, and a tile joins those before it with
+its share of all exponentials so far, exp(logsumexp(tile) - logsumexp(all)). The result is exactly 0
+for identical states and heads, because every tile's difference is. Logits carry fp32 sums of the
+products (see qatlora.distill.matmul), sums of a tile are fp32, sums over tiles float64.
 
 Definitions are those of llama.cpp's llama-perplexity --kl-divergence (tools/perplexity/
 perplexity.cpp), which leaves words below exp(-16) out of its sums; here nothing is left out.
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qatlora.distill import LmHead
+from qatlora.distill.blocks import row_blocks
 from qatlora.errors import ConfigError
 
 
@@ -134,7 +134,7 @@ def score_tokens(
             chunk = slice(start, start + settings.chunk_tokens)
             others = [Reference(other.hidden[chunk].to(device), other.head) for other in references]
             own, wanted = hidden[chunk].to(device), targets[chunk].to(device)
-            chunks.append(_score_chunk(own, head, wanted, others, settings))
+            chunks.append(_score_chunk(Reference(own, head), wanted, others, settings))
     return [TokenScores.concatenate(parts) for parts in zip(*chunks, strict=True)]
 
 
@@ -144,64 +144,61 @@ def _concatenate(columns: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class _StreamingSoftmax:
-    """Running maximum, its word, and sum of exponentials of each row, tile by tile."""
+    """Log of the sum of exponentials of each row, its likeliest word, the logit of its target."""
 
     def __init__(self, targets: Tensor):
-        self._targets = targets
         rows = len(targets)
-        self.top = targets.new_full((rows,), -torch.inf, dtype=torch.float32)
+        self._targets = targets
+        self._top = targets.new_full((rows,), -torch.inf, dtype=torch.float32)
+        self._target_logit = torch.zeros_like(self._top)
         self.top_word = torch.zeros_like(targets)
-        self.sum_exp = targets.new_zeros(rows, dtype=torch.float64)
-        self.target_logit = torch.zeros_like(self.top)
+        self.log_sum = self._top.double()
 
-    def add(self, tile: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Take in the logits [C, n] of the words from `start` on; they are not changed.
+    def add(self, block: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Take in the logits [R, n] of the words from `start` on; they are not changed.
 
         Returns:
-            (exp(tile - new maximum) [C, n], factor [C] float64 by which what was summed before
-            has to be rescaled).
+            (probabilities [R, n] among these words alone, their share [R] float64 of all words
+            taken in so far).
         """
-        tile_top = tile.amax(dim=1)
-        higher = (tile_top > self.top).nonzero().squeeze(1)
-        if len(higher):  # few rows after the first tiles: argmax is slow, amax is not
-            self.top_word[higher] = tile[higher].argmax(dim=1) + start
-        top = torch.maximum(self.top, tile_top)
-        factor = torch.exp((self.top - top).double())
-        exponentials = torch.sub(tile, top.unsqueeze(1)).exp_()
-        self.sum_exp = self.sum_exp * factor + exponentials.sum(dim=1)
-        self.top = top
+        top = block.amax(dim=1)
+        higher = (top > self._top).nonzero().squeeze(1)
+        if len(higher):  # few rows after the first words: argmax is slow, amax is not
+            self.top_word[higher] = block[higher].argmax(dim=1) + start
+        self._top = torch.maximum(self._top, top)
         column = self._targets - start
-        inside = (column >= 0) & (column < tile.shape[1])
-        found = tile.gather(1, column.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        self.target_logit = torch.where(inside, found, self.target_logit)
-        return exponentials, factor
+        inside = (column >= 0) & (column < block.shape[1])
+        found = block.gather(1, column.clamp(0, block.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        self._target_logit = torch.where(inside, found, self._target_logit)
+        # One pass over the memory where maximum, exponentials and sum are three; the sum is found
+        # again in the likeliest word, whose exponential is 1.
+        probabilities = torch.softmax(block, dim=1)
+        log_sum = top.double() - probabilities.amax(dim=1).double().log()
+        self.log_sum = torch.logaddexp(self.log_sum, log_sum)
+        return probabilities, torch.exp(log_sum - self.log_sum)
 
     def nll(self) -> Tensor:
-        """-log P(target), float32 [C]."""
-        return (self.sum_exp.log() + (self.top - self.target_logit).double()).float()
+        """-log P(target), float32 [R]."""
+        return (self.log_sum - self._target_logit.double()).float()
 
 
 class _StreamingDivergence:
-    """KL(reference || model) of each row, tile by tile, beside the two softmaxes."""
+    """KL(reference || model) of each row, beside the two softmaxes."""
 
-    def __init__(self, reference: Reference, targets: Tensor):
-        self._reference = reference
+    def __init__(self, targets: Tensor):
         self._softmax = _StreamingSoftmax(targets)
-        self._weighted = torch.zeros_like(self._softmax.sum_exp)  # sum of exp(a - max a) * (a - b)
+        self._difference = torch.zeros_like(self._softmax.log_sum)  # mean of a - b
 
-    def add(self, b: Tensor, start: int, dtype: torch.dtype) -> None:
-        """Take in the model's logits b [C, n] of the words from `start` on."""
-        other = self._reference
-        a = other.head.logits_of_words(other.hidden, start, b.shape[1], dtype)
-        exponentials, factor = self._softmax.add(a, start)
-        difference = exponentials.mul_(a.sub_(b)).sum(dim=1)
-        self._weighted = self._weighted * factor + difference
+    def add(self, a: Tensor, b: Tensor, start: int) -> None:
+        """Take in the reference's and the model's logits [R, n]; a is overwritten."""
+        probabilities, share = self._softmax.add(a, start)
+        difference = probabilities.mul_(a.sub_(b)).sum(dim=1)
+        self._difference += (difference.double() - self._difference) * share
 
     def scores(self, model: _StreamingSoftmax) -> TokenScores:
-        """The scores of the chunk, once all words are in."""
+        """The scores of the rows, once all words are in."""
         reference = self._softmax
-        log_sums = reference.sum_exp.log() - model.sum_exp.log()
-        kld = self._weighted / reference.sum_exp - log_sums - (reference.top - model.top).double()
+        kld = self._difference - (reference.log_sum - model.log_sum)
         return TokenScores(
             model.nll().cpu(),
             kld.float().cpu(),
@@ -212,21 +209,53 @@ class _StreamingDivergence:
         )
 
 
+class _Block:
+    """Some rows of a chunk, which stay in a CPU's cache while they are worked on."""
+
+    def __init__(self, rows: slice, targets: Tensor, num_references: int):
+        self._rows = rows
+        self._model = _StreamingSoftmax(targets[rows])
+        self._divergences = [_StreamingDivergence(targets[rows]) for _ in range(num_references)]
+
+    def add(self, own: Tensor, others: Sequence[Tensor], start: int) -> None:
+        """Take in the chunk's logits [C, n] of the model and of the references."""
+        b = own[self._rows]
+        self._model.add(b, start)
+        for divergence, other in zip(self._divergences, others, strict=True):
+            divergence.add(other[self._rows], b, start)
+
+    def scores(self) -> list[TokenScores]:
+        """As `score_tokens` returns them."""
+        if not self._divergences:
+            return [TokenScores(self._model.nll().cpu(), top=self._model.top_word.cpu())]
+        return [divergence.scores(self._model) for divergence in self._divergences]
+
+
 def _score_chunk(
-    hidden: Tensor,
-    head: LmHead,
-    targets: Tensor,
-    references: Sequence[Reference],
-    settings: ScoreSettings,
+    model: Reference, targets: Tensor, references: Sequence[Reference], settings: ScoreSettings
 ) -> list[TokenScores]:
-    model = _StreamingSoftmax(targets)
-    divergences = [_StreamingDivergence(reference, targets) for reference in references]
-    words, dtype = settings.chunk_words, settings.compute_dtype
-    for start in range(0, head.vocab_size, words):
-        tile = head.logits_of_words(hidden, start, words, dtype)
-        model.add(tile, start)
-        for divergence in divergences:
-            divergence.add(tile, start, dtype)
-    if not divergences:
-        return [TokenScores(model.nll().cpu(), top=model.top_word.cpu())]
-    return [divergence.scores(model) for divergence in divergences]
+    sides = [model, *references]
+    num_rows, words = len(targets), settings.chunk_words
+    buffers = [model.hidden.new_empty(num_rows * words, dtype=torch.float32) for _ in sides]
+    blocks = [
+        _Block(rows, targets, len(references))
+        for rows in row_blocks(buffers[0].view(num_rows, words))
+    ]
+    for start in range(0, model.head.vocab_size, words):
+        count = min(words, model.head.vocab_size - start)
+        own, *others = (
+            side.head.logits_of_words(
+                side.hidden,
+                start,
+                count,
+                settings.compute_dtype,
+                buffer[: num_rows * count].view(num_rows, count),
+            )
+            for side, buffer in zip(sides, buffers, strict=True)
+        )
+        for block in blocks:
+            block.add(own, others, start)
+    return [
+        TokenScores.concatenate(parts)
+        for parts in zip(*(block.scores() for block in blocks), strict=True)
+    ]

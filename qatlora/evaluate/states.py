@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qatlora import memory
 from qatlora.distill import LmHead
 from qatlora.distill.losses import IGNORED_LABEL
 from qatlora.errors import CheckpointError, DataError
@@ -141,14 +142,15 @@ def scored_states(
             f"None of the {len(rows)} rows has a token to score: labels are -100 everywhere. "
             "Give held-out text with assistant turns that fit the maximum length."
         )
-    for group in _batches(rows, settings.batch_tokens):
-        input_ids, labels, mask = _pad(group, device)
-        with _evaluating(model), _precision(settings, device):
-            hidden = final_hidden_states(model, input_ids, mask)
-        following = labels[:, 1:]
-        scored = following != IGNORED_LABEL
-        if scored.any():
-            yield StatesBatch(hidden[:, :-1][scored], following[scored])
+    with memory.freed_kept():
+        for group in _batches(rows, settings.batch_tokens):
+            input_ids, labels, mask = _pad(group, device)
+            with _evaluating(model), _precision(settings, device):
+                hidden = final_hidden_states(model, input_ids, mask)
+            following = labels[:, 1:]
+            scored = following != IGNORED_LABEL
+            if scored.any():
+                yield StatesBatch(hidden[:, :-1][scored], following[scored])
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -1,10 +1,9 @@
 """Build the public NF4 layout from a bf16 checkpoint, with the source's steps beside it.
 
-The layout is bitsandbytes' own (NF4, double quant, bf16 compute, uint8 storage), written by
-transformers, with every linear that stays in bf16 named in the skip list: plain transformers loads
-the folder. What it does not read is q4_0_steps.safetensors: half a bit per weight that NF4 alone
-cannot give back. The layout has no place for stacks of experts, which stay bf16 in the folder and
-become NF4 while it is loaded.
+The layout is bitsandbytes' own (NF4, double quant, bf16 compute, uint8 storage), with every linear
+that stays in bf16 named in the skip list: plain transformers loads the folder. What it does not
+read is q4_0_steps.safetensors: half a bit per weight that NF4 alone cannot give back. The layout
+has no place for stacks of experts, which stay bf16 in the folder and become NF4 while it is loaded.
 """
 
 from collections.abc import Callable
@@ -16,15 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qatlora.base.grids import layer_grid
-from qatlora.base.layout import Layout
-from qatlora.base.load import load_nf4_to_save, require_nf4
-from qatlora.base.names import weight_key
+from qatlora.base.layout import Layout, plain_config
+from qatlora.base.load import require_nf4
+from qatlora.base.nf4 import dequantized_nf4, nf4_config, tensors_of_nf4
 from qatlora.base.record import STEPS_FILE, GridRecord
 from qatlora.base.source import Source
-from qatlora.base.stores import dequantized_nf4
+from qatlora.base.stores import Nf4Store
 from qatlora.config import BuildConfig
 from qatlora.errors import ExportError
 from qatlora.export.census import Census
+from qatlora.export.shards import ShardWriter, kept_in_bf16
 
 OnTensor = Callable[[int], None]
 
@@ -39,7 +39,8 @@ def build_nf4(
 ) -> GridRecord:
     """Write weights, config.json, the steps and grid.json into `folder`.
 
-    Memory: the NF4 model on `device`; on the host one shard and the steps of all layers.
+    Memory: on the host one shard, one tensor and the steps of all layers; on `device` one tensor
+    and what becomes of it.
 
     Args:
         source: a bf16, fp16 or fp32 checkpoint.
@@ -48,27 +49,29 @@ def build_nf4(
         max_shard_bytes: size of a safetensors file at most, unless one tensor is larger.
         device: where NF4 and the steps are computed.
         on_tensor: called with 1 after each tensor of the source.
-
-    Raises:
-        CheckpointError: other modules became NF4 than the list says.
     """
-    model = load_nf4_to_save(source, layout, device)
-    model.save_pretrained(folder, max_shard_size=int(max_shard_bytes))
-    census, steps = Census(), {}
+    census, steps, shards = Census(), {}, ShardWriter(folder, max_shard_bytes)
     for key in source.files:
         tensor = source.tensor(key)
         census.read(key, tensor)
-        name = key.removesuffix(".weight")
+        name, parts, stored = key.removesuffix(".weight"), kept_in_bf16(layout, key, tensor), tensor
         if name in layout.grid:
-            held = model.get_parameter(weight_key(name))
-            grid = layer_grid(source, name, held, "nf4", device)
-            stored = dequantized_nf4(held) if name in layout.nf4_modules else tensor
-            census.built(name, grid, tensor.to(device), stored.to(device))
+            grid = layer_grid(source, name, layout.kept_as(name, "nf4"), device)
             steps[f"{name}.steps"] = grid.steps.cpu()
+            if name in layout.nf4_modules:
+                (store,) = grid.stores
+                assert isinstance(store, Nf4Store)
+                parts, stored = tensors_of_nf4(key, store.weight), dequantized_nf4(store.weight)
+            census.built(name, grid, tensor.to(device), stored.to(device))
+        shards.add_all(parts)
         on_tensor(1)
+    shards.close()
     save_file(steps, folder / STEPS_FILE)
     record = census.record(source, layout, "nf4")
     record.write(folder)
+    config = plain_config(source.folder)
+    config.dtype, config.quantization_config = torch.bfloat16, nf4_config(layout.not_nf4)
+    config.save_pretrained(folder)
     return record
 
 

@@ -18,7 +18,7 @@ from qatlora.base.record import QUANT_METHOD, GridRecord
 from qatlora.base.source import Source
 from qatlora.base.stores import Q4Store
 from qatlora.export.census import Census
-from qatlora.export.shards import ShardWriter
+from qatlora.export.shards import ShardWriter, kept_in_bf16
 from qatlora.grid import GRID_VERSION, decode, pack, recover
 
 OnTensor = Callable[[int], None]
@@ -51,8 +51,8 @@ def build_q4_0(
         name = key.removesuffix(".weight")
         if name in layout.grid:
             shards.add(key, _packed(name, tensor.to(device), census))
-        elif not (layout.tied and key == "lm_head.weight"):  # a stray copy would untie the model
-            shards.add(key, tensor.bfloat16() if tensor.is_floating_point() else tensor)
+        else:
+            shards.add_all(kept_in_bf16(layout, key, tensor))
         on_tensor(1)
     shards.close()
     record = census.record(source, layout, "q4_0")

@@ -1,6 +1,5 @@
 """Move a candidate to its final place; impossible without a `GuardPassed` for that very file."""
 
-import os
 from collections import Counter
 
 from qatlora import files
@@ -23,8 +22,7 @@ def publish(candidate: Candidate, passed: GuardPassed) -> ExportResult:
             f"{passed.candidate_sha256}: it was changed in between. Run recipe=export_gguf again."
         )
     types = Counter(tensor.type_name for tensor in read_gguf(candidate.path).tensors.values())
-    with candidate.path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    files.finish(candidate.path)
     candidate.path.replace(candidate.final_path)
     candidate.discard()
     return ExportResult(

@@ -1,11 +1,13 @@
 """Write safetensors files of a bounded size with an index, one tensor at a time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qatlora import files
+from qatlora.base.layout import Layout
 
 
 class ShardWriter:
@@ -27,6 +29,11 @@ class ShardWriter:
             self._write()
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes
+
+    def add_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take several."""
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
 
     def close(self) -> None:
         """Write what is left, name the files by their number and write the index."""
@@ -53,3 +60,10 @@ class ShardWriter:
     def _numbered(self, number: int) -> Path:
         """The name of a file while the number of all files is not known yet."""
         return self._folder / f"shard-{number:05d}.safetensors"
+
+
+def kept_in_bf16(layout: Layout, key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor that a build does not code; none of a stray head, which would untie the model."""
+    if layout.tied and key == "lm_head.weight":
+        return {}
+    return {key: tensor.bfloat16() if tensor.is_floating_point() else tensor}

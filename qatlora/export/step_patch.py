@@ -8,11 +8,13 @@ order of the GGUF, and the part of the header that differs:
     NAME.down   float32 [r, in / 32]       and [E, r, in / 32]; step' = fp16(step * (1 + up @ down))
     header      uint8, bytes in place of the base's from `header_start` to `header_stop`
 
-Metadata: the format's and the grid's version, name and SHA-256 of both files. A base of another
-digest is refused, and so is a result: nothing but the exported file, byte for byte, gets its name.
+Metadata: the format's and the grid's version, name and SHA-256 of both files, and what lay beside
+the exported one. A base of another digest is refused, and so is a result: nothing but the exported
+file, byte for byte, gets its name.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,12 +34,12 @@ from qatlora.adapters.deployed import changed_steps, low_rank
 from qatlora.adapters.layer import AdapterLayer
 from qatlora.base.names import is_stack, weight_key
 from qatlora.errors import ExportError
+from qatlora.export.patch_head import FORMAT, Beside, PatchHead, no_patch, opened, read_head
 from qatlora.grid import BLOCK_BYTES, GRID_VERSION
 from qatlora.grid.format import STEP_BYTES
 from qatlora.llamacpp.convert import TensorPlace
 from qatlora.llamacpp.gguf_read import GgufFile, GgufTensor, read_gguf
 
-FORMAT = "qatlora step patch 1"
 _COUNTS_BYTES = 24  # magic, version, number of tensors, number of metadata entries
 _HEADER = "header"
 
@@ -55,31 +57,6 @@ class StepFactors:
             return low_rank(self.up, self.down, 1.0)
         pairs = zip(self.up, self.down, strict=True)
         return torch.stack([low_rank(up, down, 1.0) for up, down in pairs])
-
-
-@dataclass(frozen=True)
-class PatchHead:
-    """What a patch belongs to; all values are text, as safetensors keeps them.
-
-    Attributes:
-        format: FORMAT.
-        grid_version: version of the numerics.
-        base_sha256: of the GGUF that it is applied to.
-        base_name: name of that file, for people.
-        result_sha256: of the GGUF that it makes.
-        result_name: name of that file.
-        header_start: first byte of the base's header that is replaced.
-        header_stop: first byte after those.
-    """
-
-    format: str
-    grid_version: str
-    base_sha256: str
-    base_name: str
-    result_sha256: str
-    result_name: str
-    header_start: str
-    header_stop: str
 
 
 def step_factors(
@@ -107,7 +84,9 @@ def step_factors(
         yield place.gguf_name, StepFactors(up.contiguous(), down.contiguous())
 
 
-def write_patch(base: Path, result: Path, factors: dict[str, StepFactors], target: Path) -> None:
+def write_patch(
+    base: Path, result: Path, factors: dict[str, StepFactors], beside: Beside, target: Path
+) -> None:
     """Write the patch that makes `result` of `base`, and apply it once to be sure.
 
     Raises:
@@ -123,6 +102,8 @@ def write_patch(base: Path, result: Path, factors: dict[str, StepFactors], targe
         result_name=result.name,
         header_start=str(start),
         header_stop=str(stop),
+        card=beside.card,
+        stops=json.dumps(beside.stops),
     )
     tensors = {_HEADER: torch.frombuffer(bytearray(replaced), dtype=torch.uint8)}
     for name, pair in factors.items():
@@ -154,11 +135,11 @@ def apply_patch(base: Path, patch: Path, target: Path) -> PatchHead:
         )
     with files.replacing(target) as partial:
         try:
-            with _opened(patch) as tensors:
+            with opened(patch) as tensors:
                 _write_with_header(read_gguf(base), head, tensors.get_tensor(_HEADER), partial)
                 _change_steps(read_gguf(partial), tensors, patch)
         except (SafetensorError, ValueError) as problem:
-            raise _no_patch(patch, str(problem)) from None
+            raise no_patch(patch, str(problem)) from None
         digest = files.sha256_of_file(partial)
         if digest != head.result_sha256:
             raise ExportError(
@@ -166,28 +147,6 @@ def apply_patch(base: Path, patch: Path, target: Path) -> PatchHead:
                 "exported: the patch is damaged, or sums are rounded otherwise on this machine. "
                 "Fetch the patch again, or the whole file."
             )
-    return head
-
-
-def read_head(patch: Path) -> PatchHead:
-    """What a patch says of itself.
-
-    Raises:
-        ExportError: it is no patch, damaged, or of another version.
-    """
-    with _opened(patch) as tensors:
-        stored = tensors.metadata() or {}
-    try:
-        head = PatchHead(**stored)
-    except TypeError:
-        raise _no_patch(patch, f"its metadata have the keys {sorted(stored)}") from None
-    if (head.format, head.grid_version) != (FORMAT, str(GRID_VERSION)):
-        raise ExportError(
-            f"{patch} is a '{head.format}' of grid version {head.grid_version}, and this qatlora "
-            f"applies '{FORMAT}' of {GRID_VERSION}. Use the qatlora that wrote it."
-        )
-    if Path(head.result_name).name != head.result_name:
-        raise _no_patch(patch, f"it would write to {head.result_name!r}")
     return head
 
 
@@ -240,7 +199,7 @@ def _change_steps(gguf: GgufFile, tensors: Any, patch: Path) -> None:
         pair = StepFactors(tensors.get_tensor(key), tensors.get_tensor(f"{name}.down"))
         tensor = gguf.tensors.get(name)
         if tensor is None or not _fits(tensor, pair):
-            raise _no_patch(patch, f"its factors do not fit the tensor {name}")
+            raise no_patch(patch, f"its factors do not fit the tensor {name}")
         stop = tensor.start + tensor.data.size
         blocks = content[tensor.start : stop].reshape(*pair.up.shape[:-1], -1, BLOCK_BYTES)
         stored = blocks[..., :STEP_BYTES].copy().view(np.float16).squeeze(-1)
@@ -256,17 +215,3 @@ def _fits(tensor: GgufTensor, pair: StepFactors) -> bool:
     shape = (*pair.up.shape[:-1], columns * BLOCK_BYTES)
     fits_file = tensor.type_name == "Q4_0" and tensor.data.shape == shape
     return fits_file and (*pair.up.shape[:-2], pair.up.shape[-1]) == (*experts, rank)
-
-
-def _opened(patch: Path) -> Any:
-    try:
-        return safe_open(patch, framework="pt")
-    except (SafetensorError, OSError) as problem:
-        raise _no_patch(patch, str(problem)) from None
-
-
-def _no_patch(patch: Path, why: str) -> ExportError:
-    return ExportError(
-        f"{patch} is no whole step patch ({why}): it is damaged or another file. Give the "
-        "*.patch.safetensors file that an export with export.patch=true wrote."
-    )

@@ -17,9 +17,10 @@ from qatlora.adapters.saved import load_adapter, read_identity
 from qatlora.base.from_gguf import model_from_gguf
 from qatlora.base.load import load_base, load_nf4, load_plain
 from qatlora.base.names import weight_key
+from qatlora.base.nf4 import dequantized_nf4, quantized_nf4
 from qatlora.base.others import deploy_others
 from qatlora.base.plain import put_blocks, put_weight
-from qatlora.base.stores import CODE_BITS, Q4_0_BITS, dequantized_nf4, quantized_nf4
+from qatlora.base.stores import CODE_BITS, Q4_0_BITS
 from qatlora.base.to_q4_0 import by_grid, by_llama_cpp
 from qatlora.config import Storage, StorageConfig
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place

@@ -29,7 +29,8 @@ _REMEDIES = {
     "on_grid": "The merge took the base off its grid: train inside it (recipe=chat_sft).",
     "effect_kept": "Rounding to Q4_0 undoes the merge: train inside the grid (recipe=chat_sft with "
     "the same base and chats), or bring the merged checkpoint onto a grid (recipe=qat_distill).",
-    "gguf_blocks": "The file was quantized anew: export the blocks themselves "
+    "gguf_blocks": "The file was quantized anew, or to a type that cannot hold a Q4_0 grid: "
+    "export the blocks themselves "
     "(recipe=export_gguf adapter.path=RUN/adapter).",
     "gguf_kld": "The file is another model than the checkpoint: look at the types of its tensors.",
 }

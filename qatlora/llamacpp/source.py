@@ -1,5 +1,6 @@
 """llama.cpp's source at the pinned version, and how its converter is run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -43,8 +44,11 @@ def converter_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", str(_DRIVER), *arguments], environment
 
 
+@functools.cache
 def check_converter() -> None:
     """Make sure, before any long work, that a model can be converted at the end.
+
+    Once per process: to import the converter takes seconds, and a sweep has many runs.
 
     Raises:
         ToolError: the source could not be had, or its converter cannot be imported.

@@ -1,7 +1,9 @@
 """What fits a GPU: the longest rows per setting, and the settings to take."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from qatlora.plan.footprint import Job, footprint
 from qatlora.plan.shape import ModelShape
@@ -16,7 +18,19 @@ _LEANNESS = (
     {"holds_weights": False, "checkpointing": True, "keep_blocks": False},
 )
 LEANEST = _LEANNESS[-1]
-_STORAGES = ("q4_0", "nf4")  # the first is exact on a grid
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a base can be, the best first.
+
+    Attributes:
+        teachers: of memory, self, cache and none; self goes with storage q4_0 alone.
+        storages: of q4_0, which is exact on a grid, and nf4.
+    """
+
+    teachers: tuple[str, ...]
+    storages: tuple[str, ...] = ("q4_0", "nf4")
 
 
 def usable_bytes(gpu_gb: float) -> float:
@@ -37,7 +51,7 @@ def longest_row(
 
 
 def recommend(
-    shape: ModelShape, job: Job, gpu_gb: float, row_tokens: int, teachers: Sequence[str]
+    shape: ModelShape, job: Job, gpu_gb: float, row_tokens: int, allowed: Allowed
 ) -> Job | None:
     """The first of all settings that fits.
 
@@ -48,20 +62,20 @@ def recommend(
         job: adapter and ranks, which stay.
         gpu_gb: size of the card.
         row_tokens: length of a row.
-        teachers: to be tried, the best first.
+        allowed: what is tried.
     """
     return next(
-        (job for job in _choices(job, row_tokens, teachers) if _fits(shape, job, gpu_gb)), None
+        (job for job in _choices(job, row_tokens, allowed) if _fits(shape, job, gpu_gb)), None
     )
 
 
-def _choices(job: Job, row_tokens: int, teachers: Sequence[str]) -> Iterator[Job]:
-    for teacher in teachers:
-        for storage in _STORAGES:
-            for leanness in _LEANNESS:
-                for rows in (4, 2, 1):
-                    changes = {"teacher": teacher, "storage": storage, "tokens": rows * row_tokens}
-                    yield dataclasses.replace(job, **changes, **leanness)
+def _choices(job: Job, row_tokens: int, allowed: Allowed) -> Iterator[Job]:
+    for teacher, storage in itertools.product(allowed.teachers, allowed.storages):
+        if teacher == "self" and storage != "q4_0":
+            continue
+        for leanness, rows in itertools.product(_LEANNESS, (4, 2, 1)):
+            changes = {"teacher": teacher, "storage": storage, "tokens": rows * row_tokens}
+            yield dataclasses.replace(job, **changes, **leanness)
 
 
 def _fits(shape: ModelShape, job: Job, gpu_gb: float) -> bool:

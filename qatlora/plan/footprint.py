@@ -1,9 +1,9 @@
 """The one model of memory: what a run holds at its four peaks, part by part.
 
-    load      the base as it comes in
+    load      base + the largest weight while it is read, or the teacher
     train     base + adapter, gradients, moments + kept activations + a chunk of the loss
     evaluate  base + decoded weights, if they are held + the teacher until training is over
-    export    base + the model read back from the candidate
+    export    base + the model read back from the candidate + the teacher's head
 
 All figures are bytes on the device; on a CPU that is host memory, to which the imported libraries
 come. Fragmentation and the caches of an allocator are not counted.
@@ -24,6 +24,8 @@ _KEPT_BLOCK_BITS = 8 + STEP_BITS
 LATENT_BYTES = {"fp32": FP32_BYTES, "bf16": BF16_BYTES}
 # Of AdamW's two moments of a parameter; in 8 bits there is a scale for each 256.
 MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 256)}
+# While the largest weight is read: as it is stored in bf16, its int8 levels, and their codes.
+_READ_BYTES_PER_WEIGHT = BF16_BYTES + 1 + CODE_BITS["q4_0"] / 8
 # While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
 _WORKSPACE_BYTES_PER_WEIGHT = BF16_BYTES + 1
 _TILE_BYTES = 64e6
@@ -44,13 +46,12 @@ class Job:
         tokens: of a micro-batch: rows times their length.
         checkpointing: whether activations are computed again in the backward pass.
         keep_blocks: whether layers keep their blocks from forward to backward.
-        teacher: none, cache or memory.
+        teacher: none, cache, self or memory.
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
-        loads_dense: whether the base comes from a dense folder (else from a packed build).
-        on_host: whether the device is the host itself. It maps the dense folder, so that only the
-            tensor at work is in memory; but the base stays there beside the model that is read
-            back, where it would else have moved away for it.
+        on_host: whether the device is the host itself. The base then stays there beside the model
+            that is read back, where it would else have moved away for it, and a head that outlives
+            its model is a copy.
     """
 
     storage: str
@@ -65,7 +66,6 @@ class Job:
     teacher: str = "none"
     holds_weights: bool = True
     trains: bool = True
-    loads_dense: bool = False
     on_host: bool = False
 
 
@@ -85,11 +85,13 @@ class Footprint:
         blocks: deployed blocks kept for it.
         loss: logits of a chunk, and gradients of the hidden states.
         teacher: its weights.
+        head: of them its head, which held-out text is scored by to the end.
         workspace: temporaries of the largest matrix.
         held: decoded weights while many forwards run.
         read_back: the model read back from the candidate.
-        dense: the base's weights before they are packed.
+        reading: the largest weight, or stack of experts, while it is read.
         base_stays: whether the base is still there while the file is read back.
+        head_apart: whether the head is no part of a model while there is one.
     """
 
     weights: float
@@ -103,11 +105,13 @@ class Footprint:
     blocks: float
     loss: float
     teacher: float
+    head: float
     workspace: float
     held: float
     read_back: float
-    dense: float
+    reading: float
     base_stays: bool
+    head_apart: bool
 
     @property
     def base(self) -> float:
@@ -122,26 +126,31 @@ class Footprint:
     @property
     def load(self) -> float:
         """Peak while loading."""
-        return self.base + self.dense + self.teacher + self.workspace
+        return self.base + max(self.reading, self.teacher) + self.workspace
 
     @property
     def train(self) -> float:
         """Peak of a training step."""
         course = self.adapter + self.gradients + self.optimizer
         step = self.activations + self.blocks + self.loss + self.workspace
-        return self.attached + self.teacher + course + step
+        return self.attached + self._taught_by + course + step
 
     @property
     def evaluate(self) -> float:
         """Peak of an evaluation before training."""
-        return self.attached + self.adapter + self.teacher + self.held + self.workspace
+        return self.attached + self.adapter + self._taught_by + self.held + self.workspace
 
     @property
     def export(self) -> float:
         """Peak of export and guard."""
         ours, file = self.attached + self.adapter, self.read_back
         together = ours + file if self.base_stays else max(ours, file)
-        return max(ours + self.held, together) + self.workspace
+        return max(ours + self.held, together) + self.head + self.workspace
+
+    @property
+    def _taught_by(self) -> float:
+        """What there is of the teacher until training is over."""
+        return self.teacher + (self.head if self.head_apart else 0.0)
 
     @property
     def peak(self) -> float:
@@ -169,23 +178,18 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         blocks=_block_bytes(shape, job),
         loss=_loss_bytes(shape, job),
         teacher=shape.num_parameters * BF16_BYTES if job.teacher == "memory" else 0.0,
+        head=shape.num_head_weights * BF16_BYTES if job.teacher != "none" else 0.0,
         workspace=workspace,
         held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
         read_back=dense_text if job.holds_weights else packed_text,
-        dense=0.0 if job.on_host else _dense_weights(shape, job) * BF16_BYTES,
+        reading=shape.max_grid_weights * _READ_BYTES_PER_WEIGHT,
         base_stays=job.holds_weights or job.on_host,
+        head_apart=job.teacher == "cache" or job.on_host,
     )
     if job.trains:
         return result
     course = ("gradients", "optimizer", "activations", "blocks", "loss")
     return dataclasses.replace(result, **dict.fromkeys(course, 0.0))
-
-
-def _dense_weights(shape: ModelShape, job: Job) -> int:
-    """Those that are in bf16 before they are packed; linears become NF4 while they are loaded."""
-    if job.storage == "nf4":
-        return shape.num_expert_weights
-    return shape.num_grid_weights if job.loads_dense else 0
 
 
 def _replaced_bytes(shape: ModelShape, job: Job) -> float:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qatlora.base.architectures import matching_weights, tensor_lists
-from qatlora.base.names import is_stack, weight_key
+from qatlora.base.names import weight_key
 from qatlora.grid import BLOCK_SIZE
 from qatlora.plan.trace import KeptPerToken, kept_per_token
 
@@ -22,7 +22,7 @@ class ModelShape:
         num_parameters: of the whole checkpoint, tied ones once.
         num_text_parameters: of the text decoder and lm_head alone, which is what a GGUF holds.
         num_embeddings: of them the input embeddings, per-layer ones included.
-        num_expert_weights: those of experts, which are loaded in bf16 before they become NF4.
+        max_grid_weights: of the largest weight of the Q4_0 list, a stack of experts being one.
         grid: [out, in] of the matrices that are Q4_0 in the GGUF; of each expert's, too.
         nf4: [out, in] of those that storage=nf4 keeps as NF4.
         trained: [out, in] of those that get an adapter.
@@ -34,7 +34,7 @@ class ModelShape:
     num_parameters: int
     num_text_parameters: int
     num_embeddings: int
-    num_expert_weights: int
+    max_grid_weights: int
     grid: tuple[tuple[int, int], ...]
     nf4: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, int], ...]
@@ -46,6 +46,11 @@ class ModelShape:
     def num_grid_weights(self) -> int:
         """Weights of the Q4_0 list."""
         return num_weights(self.grid)
+
+    @property
+    def num_head_weights(self) -> int:
+        """Weights of lm_head."""
+        return self.vocab_size * self.hidden_size
 
     def adapter_parameters(self, kind: str, rank: int, steps_rank: int) -> int:
         """Parameters of an adapter: two factors over [out, in], and over [out, in / 32]."""
@@ -83,8 +88,8 @@ def model_shape(config: PreTrainedConfig, trained: list[str] | None = None) -> M
     return ModelShape(
         num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         num_text_parameters=sum(text.values()),
-        num_expert_weights=sum(
-            parameter.numel() for name, parameter in skeleton.named_parameters() if is_stack(name)
+        max_grid_weights=max(
+            skeleton.get_parameter(weight_key(name)).numel() for name in names["grid"]
         ),
         num_embeddings=sum(module.weight.numel() for module in embeddings),
         vocab_size=head.shape[0],

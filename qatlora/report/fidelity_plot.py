@@ -41,9 +41,10 @@ def distribution_figure(result: FidelityResult | None, edges: Sequence[float]) -
         for model, (color, line) in zip(result.models, _styles(), strict=False):
             figures = model.texts[text]
             shares = _shares_above(figures.histogram)
-            points = [(x, y) for x, y in zip(edges[1:], shares, strict=True) if y > 0]
-            if points:
-                axis.plot(*zip(*points, strict=True), line, color=color, label=model.name)
+            num_points = sum(share > 0 for share in shares)  # a logarithm of 0 cannot be drawn
+            label = model.name if num_points else f"{model.name}: 0 everywhere"
+            drawn = edges[1 : 1 + num_points], shares[:num_points]
+            axis.plot(*drawn, line, color=color, label=label)
         axis.set(title=text, xlabel="x, nats", xscale="log", yscale="log")
     axes[0].set_ylabel("share of tokens with KLD > x")
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
@@ -92,9 +93,10 @@ def _shares_above(histogram: Sequence[int]) -> list[float]:
 
 
 def _first_loss(result: FidelityResult, edges: Sequence[float]) -> float:
-    """The edge up to which, for every model and text, nearly all tokens are above."""
+    """The edge up to which, for every model and text with a KLD, nearly all tokens are above."""
     histograms = [text.histogram for model in result.models for text in model.texts.values()]
-    shares = [min(at_edge) for at_edge in zip(*map(_shares_above, histograms), strict=True)]
+    curves = [shares for shares in map(_shares_above, histograms) if shares[0] > 0]
+    shares = [min(at_edge) for at_edge in zip(*curves, strict=True)]
     whole = [x for x, share in zip(edges[1:], shares, strict=True) if share > _NEARLY_ALL]
     return max(whole, default=edges[1])
 

@@ -50,7 +50,7 @@ LEGEND = (
 def headlines(result: FidelityResult) -> list[str]:
     """Sentences per reference: the models in order, and which neighbours cannot be told apart."""
     sentences = []
-    for reference in result.references:
+    for reference in by_choice(result):
         ranked = candidates(result, reference)
         if not ranked:
             continue
@@ -71,6 +71,11 @@ def headlines(result: FidelityResult) -> list[str]:
     return sentences
 
 
+def by_choice(result: FidelityResult) -> list[FidelityReference]:
+    """The references, first those between whose models there is a choice."""
+    return sorted(result.references, key=lambda each: len(candidates(result, each)) < 2)
+
+
 def candidates(result: FidelityResult, reference: FidelityReference) -> list[FidelityModel]:
     """What could be shipped, nearest first: neither the reference nor an adapter run's base."""
     return [
@@ -85,9 +90,9 @@ def advice(model: FidelityModel, ranked: Sequence[FidelityModel]) -> str:
 
     Args:
         model: one of `ranked`; any other gets none.
-        ranked: the candidates, nearest first.
+        ranked: the candidates, nearest first; a single one gets none, either.
     """
-    if model not in ranked:
+    if model not in ranked or len(ranked) == 1:
         return ""
     nearest, smallest = ranked[0], min(ranked, key=lambda other: other.bytes)
     nearer = [other for other in ranked if other.bytes <= model.bytes and _is_nearer(other, model)]

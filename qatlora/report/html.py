@@ -1,5 +1,8 @@
 """`report.html` of a comparison: one page without any outside resource, to be sent around.
 
+It is read on phones, too, and at night: what is wider than the page scrolls beside it, and colours
+follow the reader's setting.
+
 Whatever comes from outside (names, texts) is escaped; plots are inline PNGs; bars are plain CSS.
 """
 
@@ -14,6 +17,7 @@ from qatlora.report.fidelity_text import (
     LEGEND,
     STATISTICS_HEADER,
     advice,
+    by_choice,
     candidates,
     card_cells,
     change_cells,
@@ -32,20 +36,33 @@ from qatlora.report.results_fidelity import (
 )
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2em auto; max-width: 76em;
-  padding: 0 1.5em; }
+:root { color-scheme: light dark; --page: #fff; --text: #1b1b1b; --note: #555; --line: #ddd;
+  --mark: #ffe9a8; --bar: #0072b2; --best: #009e73; --shade: #ccc; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181b; --text: #e4e4e4; --note: #a8a8a8;
+  --line: #3a3d42; --mark: #6b5510; --bar: #56b4e9; --best: #2fc79a; --shade: #555; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page);
+  margin: 2em auto; max-width: 90em; padding: 0 1.5em; }
+h1, p { overflow-wrap: anywhere; } p { max-width: 60em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid var(--line); }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 td.l, th.l { text-align: left; }
-.wide { overflow-x: auto; font-size: .88em; } .wide td { white-space: nowrap; }
+.wide { overflow-x: auto; font-size: .85em; /* a shade at the edge where there is more */
+  background: linear-gradient(to left, var(--page) 1em, transparent 2em) local,
+    linear-gradient(to left, var(--shade), transparent 1em) scroll; }
+.wide td { white-space: nowrap; }
 .wide td.words { white-space: pre-wrap; min-width: 24em; max-width: 44em; }
-.verdict { font-size: 1.1em; font-weight: 600; border-left: 4px solid #0072b2; padding-left: .8em; }
-.bar { background: #0072b2; height: .8em; display: inline-block; border-radius: 2px; }
-.first .bar { background: #009e73; } .first td { font-weight: 600; }
-mark { background: #ffe9a8; padding: 0 .15em; border-radius: 2px; white-space: pre-wrap; }
-h3 { font-size: 1em; } .note { color: #555; } img { max-width: 100%; }
+.ranking { font-size: 1em; } tr + tr > th { padding-top: 1.2em; }
+.verdict { font-size: 1.1em; font-weight: 600; border-left: 4px solid var(--bar);
+  padding-left: .8em; }
+.bar { background: var(--bar); height: .8em; min-width: .2em; display: inline-block;
+  border-radius: 2px; }
+.first .bar { background: var(--best); } .first td { font-weight: 600; }
+mark { background: var(--mark); color: inherit; padding: 0 .15em; border-radius: 2px;
+  white-space: pre-wrap; }
+h3 { font-size: 1em; } .note { color: var(--note); }
+img { max-width: max(50em, min(100%, 76em)); display: block; }
 summary { cursor: pointer; margin: .4em 0; }
 """
 _MAX_BAR_EM = 22.0
@@ -63,7 +80,7 @@ def to_html(report: RunReport, plots: Mapping[str, bytes]) -> str:
     title = f"{report.recipe} on {report.base.name}"
     sections = [
         ("", _verdict(result)),
-        ("Which build to ship", "".join(_ranking(result, each) for each in result.references)),
+        ("Which build to ship", _ranking(result)),
         ("Median and mean KLD", _table(*card_cells(result), num_left=1)),
         ("Distribution of the KLD per token", _image(plots, DISTRIBUTION_PLOT)),
         ("KLD by position in the window", _image(plots, POSITION_PLOT)),
@@ -90,24 +107,29 @@ def _verdict(result: FidelityResult) -> str:
     return "".join(f'<p class="verdict">{_text(line)}</p>' for line in headlines(result))
 
 
-def _ranking(result: FidelityResult, reference: FidelityReference) -> str:
+def _ranking(result: FidelityResult) -> str:
     """A bar per model, nearest first, its length the mean KLD over the texts, and what it means."""
+    rows = "".join(_ranked_rows(result, each) for each in by_choice(result))
+    return f'<div class="wide ranking"><table>{rows}</table></div>'
+
+
+def _ranked_rows(result: FidelityResult, reference: FidelityReference) -> str:
     longest = max((model.mean_kld for model in result.models), default=0.0) or 1.0
     ranked = candidates(result, reference)
-    rows = []
+    rows = [
+        f'<tr><th class="l">against {_text(reference.name)}</th><th>size</th>'
+        '<th>mean KLD over the texts</th><th></th><th class="l"></th></tr>'
+    ]
     for model in result.ranked(reference.name):
         width = _MAX_BAR_EM * model.mean_kld / longest
         mean = format_with_error(model.mean_kld, model.mean_kld_stderr)
-        best = ' class="first"' if ranked[:1] == [model] else ""
+        best = ' class="first"' if len(ranked) > 1 and model is ranked[0] else ""
         rows.append(
             f'<tr{best}><td class="l">{_text(model.name)}</td><td>{format_bytes(model.bytes)}</td>'
             f'<td>{mean}</td><td class="l"><span class="bar" style="width:{width:.2f}em"></span>'
             f'</td><td class="l">{_text(advice(model, ranked))}</td></tr>'
         )
-    return (
-        f'<table><tr><th class="l">against {_text(reference.name)}</th><th>size</th>'
-        f'<th>mean KLD over the texts</th><th></th><th class="l"></th></tr>{"".join(rows)}</table>'
-    )
+    return "".join(rows)
 
 
 def _statistics(result: FidelityResult) -> str:
@@ -190,7 +212,7 @@ def _image(plots: Mapping[str, bytes], name: str) -> str:
     if name not in plots:
         return ""
     data = base64.b64encode(plots[name]).decode("ascii")
-    return f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f'<div class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></div>'
 
 
 def _paragraphs(lines: Sequence[str]) -> str:

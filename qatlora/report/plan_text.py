@@ -17,6 +17,8 @@ PARTS = {
     "blocks": "blocks kept for the backward pass",
     "loss": "chunk of the loss",
     "teacher": "teacher (bf16)",
+    "head": "teacher's head, to score by",
+    "reading": "largest weight while it is read",
     "workspace": "temporaries of the largest matrix",
     "held": "decoded weights while evaluating",
     "read_back": "model read back from the file",
@@ -30,14 +32,12 @@ _PEAKS = {
 
 
 def plan_headline(result: PlanResult) -> str:
-    """What to take, in one sentence."""
+    """What the recommended commands are for, in one sentence."""
     recommended = result.recommended
     if recommended.peak_bytes is None:
         return f"Nothing fits {recommended.gpu_gb:g} GB with rows of this length."
     peak = format_bytes(int(recommended.peak_bytes))
-    return (
-        f"For {recommended.gpu_gb:g} GB, with a peak of {peak}: {' '.join(recommended.overrides)}"
-    )
+    return f"For {recommended.gpu_gb:g} GB, with a peak of {peak}:"
 
 
 def part_cells(result: PlanResult) -> tuple[list[str], list[list[str]]]:
@@ -64,11 +64,13 @@ def fit_cells(result: PlanResult) -> tuple[list[str], list[list[str]]]:
 
 def plan_tables(result: PlanResult) -> Iterator[str]:
     """Paragraphs of Markdown."""
+    if result.recommended.commands:
+        yield "\n".join(["```sh", *result.recommended.commands, "```"])
     yield (
         f"The checkpoint has {format_bytes(int(result.bf16_bytes))} in bf16; with every matrix of "
         f"its text part in Q4_0 it would have {format_bytes(int(result.q4_0_bytes))}. Planned for "
-        f"{result.micro_batch_tokens:,} tokens per micro-batch. A q4_0 or bf16 base from a dense "
-        "folder needs its bf16 size once more while it loads; a build (recipe=q4_0_build) does not."
+        f"{result.micro_batch_tokens:,} tokens per micro-batch. A base is loaded weight by weight, "
+        "from whatever folder."
     )
     header, rows = part_cells(result)
     yield table(header, rows, "l" + "r" * len(result.storages))

@@ -47,13 +47,25 @@ class BaseResult:
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """The adapter's rule and size."""
+    """The adapter's rule and size.
+
+    Attributes:
+        kind: lora, steps or both.
+        rank: of the level delta; None where no level moves, as are alpha and rounding.
+        alpha: its scale is alpha / rank.
+        rounding: of the levels: frozen or reference.
+        dither: whether levels are rounded with it.
+        steps_rank: of the factor of the steps; None where none moves.
+        trainable_parameters: number of them.
+        tensors: number of those that are trained.
+    """
 
     kind: str
-    rank: int
-    alpha: float
-    rounding: str
+    rank: int | None
+    alpha: float | None
+    rounding: str | None
     dither: bool
+    steps_rank: int | None
     trainable_parameters: int
     tensors: int
 

@@ -30,10 +30,10 @@ class Fits:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Settings for one GPU: overrides of the command line, and their peak in bytes."""
+    """Settings for one GPU: what to type, line by line, and their peak in bytes."""
 
     gpu_gb: float
-    overrides: list[str]
+    commands: list[str]
     peak_bytes: float | None
 
 

@@ -18,13 +18,14 @@ def modelfile(file_name: str, stops: Sequence[str], template: str | None) -> str
 
     Args:
         file_name: of the GGUF in the same folder.
-        stops: texts of the tokens that end an answer.
+        stops: texts of the tokens that end an answer; three quotes in one end every quotation of
+            it, and it is left out.
         template: Ollama's form of the chat template, where it would not find one by itself.
     """
     lines = [f"FROM ./{file_name}"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops if '"""' not in stop]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from qatlora.report.formatting import (
     format_seconds,
     format_share,
 )
-from qatlora.report.results import GuardResult, RunReport, TrainResult
+from qatlora.report.results import AdapterResult, GuardResult, RunReport, TrainResult
 from qatlora.report.results_curve import CurvePoint
 from qatlora.report.summary import SCORE_HEADER, score_rows
 
@@ -32,11 +32,9 @@ def what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{share if base.on_grid_share is not None else ''}",
         )
     if adapter:
-        rank = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
-        dither = "with dither" if adapter.dither else "no dither"
         yield (
             "adapter",
-            f"{adapter.kind}, {rank}, {adapter.rounding} steps, {dither}, "
+            f"{adapter.kind}: {'; '.join(_what_moves(adapter))}, "
             f"{format_large_count(adapter.trainable_parameters)} parameters in "
             f"{adapter.tensors} tensors",
         )
@@ -46,6 +44,16 @@ def what_was_trained(report: RunReport) -> Iterator[tuple[str, str]]:
             f"{format_large_count(report.latents.trainable_parameters)} parameters in "
             f"{report.latents.tensors} tensors, {report.latents.steps} steps",
         )
+
+
+def _what_moves(adapter: AdapterResult) -> Iterator[str]:
+    """The rule of the levels and that of the steps, each where it is trained."""
+    if adapter.rank is not None:
+        dither = "with dither" if adapter.dither else "no dither"
+        scale = f"rank {adapter.rank}, alpha {format_figure(adapter.alpha)}"
+        yield f"levels at {scale}, rounded over {adapter.rounding} steps, {dither}"
+    if adapter.steps_rank is not None:
+        yield f"steps at rank {adapter.steps_rank}"
 
 
 def score_table(report: RunReport) -> Iterator[str]:

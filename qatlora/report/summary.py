@@ -37,7 +37,7 @@ def verdict(report: RunReport) -> Verdict:
     if report.validate is not None:
         good = None if report.guard is None else report.guard.passed
         reasons = validate_reasons(report.validate, report.guard)
-        return Verdict(validate_headline(report.guard), good, reasons)
+        return Verdict(validate_headline(report.validate, report.guard), good, reasons)
     if report.inspect is not None:
         good = True if report.inspect.kind == "on_grid" else None
         return Verdict(headline(report.inspect), good, advice(report.inspect))
@@ -45,7 +45,7 @@ def verdict(report: RunReport) -> Verdict:
         good = not report.doctor.missing
         return Verdict(doctor_headline(report.doctor), good, remedies(report.doctor))
     if report.plan is not None:
-        return Verdict(plan_headline(report.plan), None, [])
+        return Verdict(plan_headline(report.plan), None, report.plan.recommended.commands)
     if report.preview is not None:
         return Verdict(preview_headline(report.preview), None, losses(report.preview))
     if report.build is not None:

@@ -58,6 +58,9 @@ def to_markdown(result: SweepResult, *, has_plot: bool) -> str:
     header = ("run", *map(inline, result.differing), "status", *_HEADERS)
     align = "r" + "l" * (len(result.differing) + 1) + "rrrrlr"
     rows = [[inline(cell) for cell in _cells(run)] for run in result.runs]
+    bases = {run.base for run in result.runs} - {SweepFigures()}
+    if len(bases) == 1:  # another storage or base in each run: the CSV has them
+        rows.insert(0, ["base", *[""] * (len(result.differing) + 1), *_figures(*bases), "", ""])
     finished = len(result.runs) - result.num_failed
     parts = [
         "# Sweep",
@@ -91,9 +94,19 @@ def to_console(result: SweepResult) -> RenderableType:
 
 
 def _cells(run: SweepRun) -> list[str]:
-    figures = [format_figure(one, decimals=True) for one in dataclasses.astuple(run.final)]
     time = MISSING if run.seconds is None else format_seconds(run.seconds)
-    return [str(run.number), *run.settings.values(), run.status, *figures, _gates(run), time]
+    return [
+        str(run.number),
+        *run.settings.values(),
+        run.status,
+        *_figures(run.final),
+        _gates(run),
+        time,
+    ]
+
+
+def _figures(figures: SweepFigures) -> list[str]:
+    return [format_figure(one, decimals=True) for one in dataclasses.astuple(figures)]
 
 
 def _gates(run: SweepRun) -> str:

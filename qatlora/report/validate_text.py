@@ -8,12 +8,15 @@ KEPT_HEADER = ("export", "effect kept by loss", "by KLD", "KLD from merged")
 TYPES_HEADER = ("type", "relative error", "exact blocks")
 
 
-def validate_headline(guard: GuardResult | None) -> str:
-    """Passed or not, and which gates."""
+def validate_headline(result: ValidateResult, guard: GuardResult | None) -> str:
+    """Passed or not, which gates, and what that means."""
     failed = [gate.name for gate in guard.gates if gate.status == "failed"] if guard else []
+    is_file = result.what == "gguf"
     if failed:
-        return f"Validation failed ({', '.join(failed)})."
-    return "Validation passed: a Q4_0 export keeps this model."
+        meaning = "the GGUF is not" if is_file else "a Q4_0 export would not keep"
+        return f"Validation failed ({', '.join(failed)}): {meaning} this model."
+    meaning = "the GGUF is" if is_file else "a Q4_0 export keeps"
+    return f"Validation passed: {meaning} this model."
 
 
 def validate_reasons(result: ValidateResult, guard: GuardResult | None) -> list[str]:

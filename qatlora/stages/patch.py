@@ -8,12 +8,14 @@ from qatlora.config import AdapterKind, ExportConfig
 from qatlora.errors import ConfigError
 from qatlora.export import publish as export
 from qatlora.export.candidate import write_candidate
-from qatlora.export.step_patch import PatchHead, apply_patch, read_head, step_factors, write_patch
+from qatlora.export.patch_head import Beside, PatchHead, read_head
+from qatlora.export.step_patch import apply_patch, step_factors, write_patch
 from qatlora.guard.identity import identity_gate
 from qatlora.guard.judge import permit, verdict
 from qatlora.llamacpp.gguf_read import read_gguf
 from qatlora.report.results import BaseResult, ExportResult
 from qatlora.report.results_patch import PatchResult
+from qatlora.stages.beside import write_beside
 from qatlora.state import Run
 
 _SUFFIX = ".patch.safetensors"
@@ -38,21 +40,20 @@ def check_patch(state: Run, kind: str) -> None:
         )
 
 
-def make_patch(state: Run) -> None:
+def make_patch(state: Run, beside: Beside) -> None:
     """Export the base's own blocks beside the published file, and the patch between the two."""
     adapted = state.adapted
     assert isinstance(adapted, AdaptedModel)
     base = _export_base(state, adapted)
     result = Path(state.export.path)
     target = result.with_suffix(_SUFFIX)
-    write_patch(
-        Path(base.path), result, dict(step_factors(adapted, state.candidate.places)), target
-    )
+    factors = dict(step_factors(adapted, state.candidate.places))
+    write_patch(Path(base.path), result, factors, beside, target)
     state.patch = _result(target, read_head(target), Path(base.path))
 
 
 def apply_step_patch(state: Run) -> None:
-    """Make the exported file of patch.base and patch.path in the run folder.
+    """Make the exported file of patch.base and patch.path, and what lay beside it.
 
     Raises:
         ExportError: the base or the patch is another one or damaged.
@@ -61,6 +62,7 @@ def apply_step_patch(state: Run) -> None:
     base, patch = Path(settings.base), Path(settings.path)
     target = state.run_dir / read_head(patch).result_name
     head = apply_patch(base, patch, target)
+    write_beside(target, Beside(head.card, head.stop_texts()))
     tensors = read_gguf(target).tensors.values()
     num_weights = sum(tensor.num_weights for tensor in tensors)
     state.base_result = BaseResult(base.stem, None, num_weights, None, None)

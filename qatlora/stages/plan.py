@@ -1,33 +1,48 @@
-"""The stage of recipe=plan: the memory of a base, without its weights."""
+"""The stage of recipe=plan: the memory of a base, without loading it."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
-from transformers import PreTrainedConfig
-
-from qatlora.base.layout import plain_config
+from qatlora.base.grids import ON_GRID_SHARE
+from qatlora.base.layout import find_layout, plain_config
+from qatlora.base.names import weight_key
 from qatlora.base.published import published_config
-from qatlora.base.source import find_source
+from qatlora.base.source import Source, find_source
 from qatlora.base.stores import Q4_0_BITS
-from qatlora.config import AdapterKind, BaseConfig, RootConfig, Storage
-from qatlora.plan.choose import longest_row, recommend
+from qatlora.base.teacher import has_bf16_values
+from qatlora.config import (
+    AdapterKind,
+    BaseConfig,
+    Holds,
+    RootConfig,
+    Storage,
+    TeacherKind,
+    Trained,
+)
+from qatlora.grid import detect
+from qatlora.plan.choose import Allowed, longest_row, recommend
 from qatlora.plan.footprint import Job, footprint
 from qatlora.plan.shape import ModelShape, model_shape
 from qatlora.preflight import planned_job
 from qatlora.report.plan_text import PARTS
 from qatlora.report.results import BaseResult
 from qatlora.report.results_plan import Fits, PlannedStorage, PlanResult, Recommendation
+from qatlora.stages.plan_commands import commands
 from qatlora.state import Run
 
 _PEAKS = ("load", "train", "evaluate", "export")
-_TEACHERS = ("memory", "none")
 
 
 def plan(state: Run) -> None:
     """Count the base, lay its memory out by part, and look for settings that fit."""
     cfg = state.cfg
-    config = _config(cfg.base)
+    # Of a shipped architecture no checkpoint is looked at, and of a folder one weight.
+    published = cfg.base.architecture if cfg.base.path is None else None
+    source = None if published else find_source(cfg.base)
+    config = plain_config(source.folder) if source else published_config(published)
     shape = model_shape(config, cfg.base.trained)
-    job = dataclasses.replace(planned_job(cfg), trains=True, loads_dense=False)
+    job = dataclasses.replace(planned_job(cfg), trains=True)
     state.plan = PlanResult(
         bf16_bytes=2 * shape.num_parameters,
         q4_0_bytes=shape.num_text_parameters * Q4_0_BITS / 8,
@@ -35,16 +50,9 @@ def plan(state: Run) -> None:
         storages=[_planned(shape, dataclasses.replace(job, storage=s.name)) for s in Storage],
         gpu_gb=list(cfg.plan.gpu_sizes_gb),
         fits=list(_fits(cfg, shape, job)),
-        recommended=_recommended(cfg, shape, job),
+        recommended=_recommended(cfg, shape, job, _allowed(cfg, source)),
     )
     state.base_result = BaseResult(str(cfg.base.name), None, shape.num_parameters, None, None)
-
-
-def _config(base: BaseConfig) -> PreTrainedConfig:
-    """Of a shipped architecture where one is named and no checkpoint is given."""
-    if base.architecture is not None and base.path is None:
-        return published_config(base.architecture)
-    return plain_config(find_source(base).folder)
 
 
 def _planned(shape: ModelShape, job: Job) -> PlannedStorage:
@@ -53,35 +61,48 @@ def _planned(shape: ModelShape, job: Job) -> PlannedStorage:
     return PlannedStorage(job.storage, parts, {peak: getattr(needs, peak) for peak in _PEAKS})
 
 
-def _fits(cfg: RootConfig, shape: ModelShape, job: Job) -> list[Fits]:
-    rows = []
-    for storage in Storage:
-        for kind in AdapterKind:
-            for teacher in ("none", "cache", "memory"):
-                one = dataclasses.replace(
-                    job, storage=storage.name, adapter=kind.name, teacher=teacher
-                )
-                lengths = [
-                    longest_row(shape, one, gpu_gb, cfg.plan.row_lengths_tokens)
-                    for gpu_gb in cfg.plan.gpu_sizes_gb
-                ]
-                rows.append(Fits(storage.name, kind.name, teacher, lengths))
-    return rows
+def _fits(cfg: RootConfig, shape: ModelShape, job: Job) -> Iterator[Fits]:
+    teachers = ("none", "self", "cache", "memory")
+    for storage, kind, teacher in itertools.product(Storage, AdapterKind, teachers):
+        if teacher == "self" and storage is Storage.nf4:
+            continue
+        one = dataclasses.replace(job, storage=storage.name, adapter=kind.name, teacher=teacher)
+        lengths = [
+            longest_row(shape, one, gpu_gb, cfg.plan.row_lengths_tokens)
+            for gpu_gb in cfg.plan.gpu_sizes_gb
+        ]
+        yield Fits(storage.name, kind.name, teacher, lengths)
 
 
-def _recommended(cfg: RootConfig, shape: ModelShape, job: Job) -> Recommendation:
+def _allowed(cfg: RootConfig, source: Source | None) -> Allowed:
+    """Teachers and storages that the base can have, by its folder or what is said of it."""
+    holds = cfg.base.holds if source is None else _held_by(source)
+    has_values = holds is not Holds.nf4 if source is None else has_bf16_values(source)
+    other = cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is not None
+    teachers = ["memory"] if has_values or other else []
+    if holds is Holds.on_grid and cfg.distill.train is not Trained.weights:
+        teachers.append("self")
+    teachers += ["cache"] if has_values or other else []
+    storages = ("q4_0",) if source and source.packed_modules else ("q4_0", "nf4")
+    return Allowed((*teachers, "none"), ("nf4",) if holds is Holds.nf4 else storages)
+
+
+def _held_by(source: Source) -> Holds:
+    """By its record, else by the first weight of its Q4_0 list."""
+    if source.nf4_modules:
+        return Holds.nf4
+    if source.record is not None:
+        share = source.record.on_grid_share
+    else:
+        name = find_layout(source, BaseConfig()).grid[0]
+        share = float(detect(source.tensor(weight_key(name))).float().mean())
+    return Holds.on_grid if share >= ON_GRID_SHARE else Holds.bf16
+
+
+def _recommended(cfg: RootConfig, shape: ModelShape, job: Job, allowed: Allowed) -> Recommendation:
     row_tokens = cfg.data.max_length_tokens
-    best = recommend(shape, job, cfg.plan.gpu_gb, row_tokens, _TEACHERS)
+    best = recommend(shape, job, cfg.plan.gpu_gb, row_tokens, allowed)
     if best is None:
         return Recommendation(cfg.plan.gpu_gb, [], None)
-    overrides = [
-        f"storage={best.storage}",
-        f"adapter={cfg.adapter.kind.name}",
-        f"teacher={'bf16' if best.teacher == 'memory' else 'none'}",
-        f"data.max_length_tokens={row_tokens}",
-        f"train.micro_batch_rows={best.tokens // row_tokens}",
-        f"train.gradient_checkpointing={str(best.checkpointing).lower()}",
-        f"train.keep_blocks={str(best.keep_blocks).lower()}",
-        f"evaluate.hold_weights={str(best.holds_weights).lower()}",
-    ]
-    return Recommendation(cfg.plan.gpu_gb, overrides, footprint(shape, best).peak)
+    peak = footprint(shape, best).peak
+    return Recommendation(cfg.plan.gpu_gb, commands(cfg, best, row_tokens), peak)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qatlora import progress
-from qatlora.adapters.saved import read_identity
+from qatlora.adapters.saved import read_identity, require_base
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer, require_storage
 from qatlora.base.source import find_source
@@ -35,10 +35,13 @@ def preflight(state: Run) -> None:
     cfg = state.cfg
     kind = cfg.adapter.kind.name
     if cfg.adapter.path is not None:
-        kind = read_identity(Path(cfg.adapter.path)).rule.kind
+        identity = read_identity(Path(cfg.adapter.path))
+        kind = identity.rule.kind
     template = chosen_template(cfg.base.chat_template)
     state.source = find_source(cfg.base, template)
     state.layout = find_layout(state.source, cfg.base)
+    if cfg.adapter.path is not None:
+        require_base(identity, Path(cfg.adapter.path), state.layout.trained, cfg.storage.kind.name)
     compiles_on(state.device)  # refuses an unknown choice
     if "train" in cfg.stages:
         require_tracker(cfg.logging)

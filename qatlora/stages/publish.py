@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-from qatlora import files
-from qatlora.data.templates import ollama_template
 from qatlora.export import publish as export
+from qatlora.export.patch_head import Beside
 from qatlora.guard.judge import permit
-from qatlora.llamacpp.gguf_read import read_gguf
-from qatlora.report.card import CARD, model_card
-from qatlora.report.run_it import MODELFILE, modelfile
+from qatlora.report.card import model_card
+from qatlora.stages.beside import write_beside
 from qatlora.stages.patch import make_patch
 from qatlora.state import Run, report_of
 
@@ -21,13 +19,10 @@ def publish(state: Run) -> None:
         GuardFailed: a gate failed; nothing was published.
     """
     state.export = export.publish(state.candidate, permit(state.candidate, state.guard))
+    beside = Beside(model_card(report_of(state)), _stops(state))
+    write_beside(Path(state.export.path), beside)
     if state.cfg.export.patch:
-        make_patch(state)
-    path = Path(state.export.path)
-    template = read_gguf(path).metadata.get("tokenizer.chat_template", "")
-    text = modelfile(path.name, _stops(state), ollama_template(template))
-    files.write_text(path.with_name(MODELFILE), text)
-    files.write_text(path.with_name(CARD), model_card(report_of(state)))
+        make_patch(state, beside)
 
 
 def _stops(state: Run) -> list[str]:

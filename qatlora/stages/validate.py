@@ -33,6 +33,7 @@ from qatlora.report.results_validate import (
     KeptEffect,
     ValidateResult,
 )
+from qatlora.report.validate_text import validate_headline
 from qatlora.state import Run
 from qatlora.validation.gates import (
     EffectFigures,
@@ -105,7 +106,8 @@ def decide(state: Run) -> None:
         GuardFailed: with every failed gate, its figure, and what to change.
     """
     if not state.guard.passed:
-        raise GuardFailed(f"A Q4_0 export would not keep this model. {explain(state.guard)}")
+        headline = validate_headline(state.validation, state.guard)
+        raise GuardFailed(f"{headline} {explain(state.guard)}")
 
 
 @contextlib.contextmanager
@@ -189,7 +191,12 @@ def _measure_gguf(state: Run, checkpoint: Source, base_share: float) -> list[Gat
         lambda m, _: weights[text_model_name(weight_key(m))].cpu(),
     )
     state.validation = dataclasses.replace(state.validation, types=[*state.validation.types, found])
-    return gguf_gates(kld.mean, found.exact_share, share, state.cfg.validate)
+    types = {
+        tensor.type_name
+        for name, tensor in read_gguf(path).tensors.items()
+        if name.startswith("blk.") and len(tensor.shape) > 1
+    }
+    return gguf_gates(kld.mean, found.exact_share, share, types, state.cfg.validate)
 
 
 def _measure_reference(state: Run, name: str, model: PreTrainedModel) -> None:

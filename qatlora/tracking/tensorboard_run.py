@@ -17,9 +17,11 @@ FOLDER = "tensorboard"
 class TensorBoardTracker:
     """Scalars per step; tables and plots at the end."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._writer = SummaryWriter(str(run_dir / FOLDER))
-        self._step = 0
+    def __init__(self, run_dir: Path, last_step: int) -> None:
+        """Hide what an earlier start has logged after `last_step`, or all of it where that is 0."""
+        first = last_step + 1 if last_step else 0
+        self._writer = SummaryWriter(str(run_dir / FOLDER), purge_step=first)
+        self._step = last_step
 
     def log(self, point: TrainPoint | CurvePoint) -> None:
         """Write the step's scalars."""

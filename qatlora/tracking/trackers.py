@@ -53,20 +53,24 @@ def require_tracker(settings: LoggingConfig) -> None:
         )
 
 
-def open_tracker(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) -> Tracker:
-    """Begin to follow a run.
+def open_tracker(
+    settings: LoggingConfig, run_dir: Path, config: dict[str, Any], last_step: int
+) -> Tracker:
+    """Begin to follow a run, or go on where it is resumed.
 
     Args:
         settings: which tracker.
         run_dir: the run's folder; trackers keep their files in it.
         config: the run's settings, JSON values only.
+        last_step: of the checkpoint that training goes on from, 0 where it begins; an earlier start
+            may have logged later steps, which are trained again.
     """
     if settings.report_to is ReportTo.wandb:
         from qatlora.tracking.wandb_run import WandbTracker
 
-        return WandbTracker(settings.project, run_dir, config)
+        return WandbTracker(settings.project, run_dir, config, resumed=last_step > 0)
     if settings.report_to is ReportTo.tensorboard:
         from qatlora.tracking.tensorboard_run import TensorBoardTracker
 
-        return TensorBoardTracker(run_dir)
+        return TensorBoardTracker(run_dir, last_step)
     return NoTracker()

@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from qatlora import progress
+from qatlora import files, progress
 from qatlora.report.results import RunReport, TrainPoint
 from qatlora.report.results_curve import CurvePoint
 from qatlora.tracking.figures import (
@@ -20,6 +20,7 @@ from qatlora.tracking.figures import (
 )
 from qatlora.tracking.wandb_login import why_offline
 
+_ID = "wandb/run_id"  # in the run folder
 _LONGEST_START_SECONDS = 30.0
 _LONGEST_END_SECONDS = 120.0  # then what was not sent stays on the disk
 
@@ -27,20 +28,20 @@ _LONGEST_END_SECONDS = 120.0  # then what was not sent stays on the disk
 class WandbTracker:
     """Never asks and never waits for long: without key or network the run is kept offline."""
 
-    def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
-        reason = why_offline()
+    def __init__(
+        self, project: str, run_dir: Path, config: dict[str, Any], *, resumed: bool
+    ) -> None:
+        """Begin a run, or go on with the one whose id the run folder keeps.
+
+        A service does not take a step twice; offline each start has files of its own, and `wandb
+        sync` sends those of one id in their order.
+        """
+        kept = run_dir / _ID
         options = {"project": project, "name": run_dir.name, "dir": str(run_dir), "config": config}
-        if reason is None:
-            try:
-                self._run = wandb.init(mode="online", settings=_settings(), **options)
-                return
-            except wandb.Error as problem:
-                reason = str(problem).splitlines()[0]
-        mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
-        self._run = wandb.init(mode=mode, settings=_settings(), **options)
-        progress.say(
-            f"wandb: {mode} ({reason}); `wandb sync {run_dir}/wandb/offline-run-*` sends it later."
-        )
+        if resumed and kept.is_file():
+            options |= {"id": kept.read_text("utf-8").strip(), "resume": "allow"}
+        self._run = _begin(run_dir, options)
+        files.write_text(kept, f"{self._run.id}\n")
 
     def log(self, point: TrainPoint | CurvePoint) -> None:
         """Log the step's scalars."""
@@ -65,6 +66,21 @@ class WandbTracker:
         """End the run, waiting for what is being sent no longer than two minutes."""
         with _said():
             self._run.finish(exit_code=int(failed))
+
+
+def _begin(run_dir: Path, options: dict[str, Any]) -> wandb.Run:
+    """On the service where it answers, else on the disk."""
+    reason = why_offline()
+    if reason is None:
+        try:
+            return wandb.init(mode="online", settings=_settings(), **options)
+        except wandb.Error as problem:
+            reason = str(problem).splitlines()[0]
+    mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
+    progress.say(
+        f"wandb: {mode} ({reason}); `wandb sync {run_dir}/wandb/offline-run-*` sends it later."
+    )
+    return wandb.init(mode=mode, settings=_settings(), **options)
 
 
 @contextlib.contextmanager

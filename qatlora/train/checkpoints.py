@@ -24,6 +24,12 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(whole_checkpoints(run_dir)), None)
 
 
+def steps_done(run_dir: Path, *, resume: bool) -> int:
+    """Steps that are not trained again: those of the last checkpoint, 0 where a run begins."""
+    last = last_checkpoint(run_dir) if resume else None
+    return _step(last) if last else 0
+
+
 def begin(run_dir: Path, *, resume: bool) -> Path | None:
     """Remove what a killed run has not finished, and without `resume` all that it has.
 

@@ -1,5 +1,6 @@
 """Gates of recipe=validate: from figures to `GateResult`s, as the guard's."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from qatlora.base.grids import ON_GRID_SHARE
@@ -81,7 +82,11 @@ def on_grid_gate(base_share: float, merged_share: float) -> GateResult:
 
 
 def gguf_gates(
-    kld_mean: float, exact_share: float, on_grid_share: float, settings: ValidateConfig
+    kld_mean: float,
+    exact_share: float,
+    on_grid_share: float,
+    types: Collection[str],
+    settings: ValidateConfig,
 ) -> list[GateResult]:
     """A finished GGUF beside the checkpoint that it was made from.
 
@@ -89,11 +94,11 @@ def gguf_gates(
         kld_mean: KL(checkpoint || GGUF), both in transformers.
         exact_share: share of the trained blocks that the file reproduces to the last bit of bf16.
         on_grid_share: share of them that a Q4_0 file could reproduce.
+        types: in which the file stores the matrices of its layers.
         settings: the limits.
     """
-    blocks = at_least(
-        "gguf_blocks", exact_share, ON_GRID_SHARE, "share", "of the trained blocks are reproduced"
-    )
+    message = f"of the trained blocks are reproduced by the file's {', '.join(sorted(types))}"
+    blocks = at_least("gguf_blocks", exact_share, ON_GRID_SHARE, "share", message)
     if on_grid_share < ON_GRID_SHARE:
         blocks = skipped(blocks, "the checkpoint lies on no grid")
     limit = settings.gguf_kld_max_nats

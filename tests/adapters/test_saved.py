@@ -9,7 +9,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from qatlora.adapters.attach import AdaptedModel
-from qatlora.adapters.saved import load_adapter, read_identity, save_adapter
+from qatlora.adapters.saved import load_adapter, read_identity, require_base, save_adapter
 from qatlora.errors import AdapterError
 from qatlora.files import SUMS
 
@@ -152,6 +152,23 @@ def test_another_storage_of_the_same_base_is_refused(
     assert "as q4_0 with digest" in message
     assert "as bf16 with digest" in message
     assert adapted.base.digest in message
+
+
+@pytest.mark.parametrize(
+    ("trained", "storage", "found"),
+    [
+        (0, "nf4", "and storage=nf4 has other steps or levels.*Set storage=q4_0"),
+        (1, "q4_0", "changes 14 weights of 'tiny', and of the base at hand 13 are trained"),
+    ],
+)
+def test_what_names_and_storage_tell_is_found_before_the_base_is_loaded(
+    trained: int, storage: str, found: str, folder: Path
+):
+    identity = read_identity(folder)
+    require_base(identity, folder, identity.trained, "q4_0")
+    require_base(identity, folder, identity.trained, "bf16")  # the digest decides
+    with pytest.raises(AdapterError, match=found):
+        require_base(identity, folder, identity.trained[trained:], storage)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 100, -4])

@@ -11,7 +11,8 @@ from store_cases import store_of
 from qatlora.base.experts import ExpertStack
 from qatlora.base.load import LoadedBase, load_plain
 from qatlora.base.names import weight_key
-from qatlora.base.stores import Nf4Store, Q4Store, dequantized_nf4, quantized_nf4
+from qatlora.base.nf4 import dequantized_nf4, quantized_nf4
+from qatlora.base.stores import Nf4Store, Q4Store
 from qatlora.grid import decode, digest
 
 pytestmark = pytest.mark.parametrize("tiny_multimodal_folder", ["gemma4_experts"], indirect=True)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from qatlora.base import stores
 from qatlora.base.linear import GridLinear
-from qatlora.base.stores import Bf16Store, dequantized_nf4, reciprocal
+from qatlora.base.nf4 import dequantized_nf4
+from qatlora.base.stores import Bf16Store, reciprocal
 from qatlora.grid import Q4Blocks, decode, recover
 
 OUT, IN = 24, 128

@@ -1,6 +1,7 @@
 """Evaluated tokens per second beside llama-perplexity's, on the same bf16 weights and cores.
 
     python tests/evaluate/perplexity_speed.py gemma3_270m    (or smollm2_135m; OMP_NUM_THREADS=2)
+    python tests/evaluate/perplexity_speed.py gemma3_270m 6 2    (6 windows and 2 rounds)
 
 Two tasks: the perplexity of a text, and the KLD from a reference that was run before (its kept
 hidden states here, its base file of logits there). Both programs score the second halves of the
@@ -35,7 +36,7 @@ from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.llamacpp.kld_base import KldBase, write_base
 from qatlora.llamacpp.perplexity import kl_divergence, perplexity
 
-WINDOW, SHORT, LONG, ROUNDS = 512, 2, 10, 5
+WINDOW, SHORT = 512, 2
 
 
 def spent(work: Callable[[], object]) -> np.ndarray:
@@ -45,13 +46,19 @@ def spent(work: Callable[[], object]) -> np.ndarray:
     return np.array([time.perf_counter(), sum(os.times()[:4])]) - start
 
 
-def report(task: str, ours: Callable[[], object], theirs: Callable[[int], object]) -> None:
+def report(
+    task: str,
+    ours: Callable[[], object],
+    theirs: Callable[[int], object],
+    num_windows: int,
+    num_rounds: int,
+) -> None:
     """Run both in turns and print tokens of whole windows per second, ours and theirs."""
     own, other = [], []
-    for _ in range(ROUNDS):
-        own.append(LONG * WINDOW / spent(ours))
-        long, short = spent(lambda: theirs(LONG)), spent(lambda: theirs(SHORT))
-        other.append((LONG - SHORT) * WINDOW / (long - short))
+    for _ in range(num_rounds):
+        own.append(num_windows * WINDOW / spent(ours))
+        long, short = spent(lambda: theirs(num_windows)), spent(lambda: theirs(SHORT))
+        other.append((num_windows - SHORT) * WINDOW / (long - short))
     for kind, a, b in zip(
         ("second", "CPU second"), np.transpose(own), np.transpose(other), strict=True
     ):
@@ -63,12 +70,12 @@ def report(task: str, ours: Callable[[], object], theirs: Callable[[int], object
         )
 
 
-def main(name: str) -> None:
+def main(name: str, num_windows: int = 10, num_rounds: int = 5) -> None:
     folder = embedded_base(name)
     tokenizer, cpu = load_tokenizer(folder), torch.device("cpu")
     text = "\n\n".join(open_general("wiki", registry.locate).held_out)
     rows = half_scored_windows(
-        list(windows([text], tokenizer, WINDOW)), expected_bos(tokenizer), WINDOW, LONG
+        list(windows([text], tokenizer, WINDOW)), expected_bos(tokenizer), WINDOW, num_windows
     )
     model = load_plain(folder, cpu, torch.bfloat16)
     settings = ScoreSettings(chunk_tokens=EvaluateConfig().tokens_per_chunk)
@@ -78,20 +85,25 @@ def main(name: str) -> None:
         write_plain_gguf(read_source(folder, name), True, gguf)  # both embedded bases are tied
         document.write_text(text, encoding="utf-8")
         bases = {
-            count: base_file(model, rows[:count], place / f"{count}.kld") for count in (SHORT, LONG)
+            count: base_file(model, rows[:count], place / f"{count}.kld")
+            for count in (SHORT, num_windows)
         }
         reference = reference_states(model, rows, settings)
         threads = ("-t", str(torch.get_num_threads()))
-        print(f"{name}, {threads[1]} threads, {LONG} windows of {WINDOW} tokens, {ROUNDS} rounds")
+        print(f"{name}, {threads[1]} threads, {num_windows} windows of {WINDOW} tokens")
         report(
             "perplexity",
             lambda: evaluate_text(model, rows, (), settings),
             lambda count: perplexity(gguf, document, WINDOW, count, threads),
+            num_windows,
+            num_rounds,
         )
         report(
             "KLD",
             lambda: evaluate_text(model, rows, [reference], settings),
             lambda count: kl_divergence(gguf, bases[count], threads),
+            num_windows,
+            num_rounds,
         )
 
 
@@ -102,4 +114,4 @@ def base_file(model: torch.nn.Module, rows: list[Row], path: Path) -> KldBase:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

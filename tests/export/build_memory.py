@@ -1,12 +1,13 @@
 """Peak host memory of the builds: `python tests/export/build_memory.py FOLDER [GB]`.
 
-Makes a Llama-shaped checkpoint of random bf16 weights in shards of about 1 GB under FOLDER (8 GB
-of weights unless told otherwise; twice that is free at the end of the largest build), runs
+Makes a Llama-shaped bf16 checkpoint on a grid in shards of about 1 GB under FOLDER (8 GB of weights
+unless told otherwise; twice that is free at the end of the largest build), runs
 q4_0_build and nf4_build on it, each in a process of its own and without the table of fidelity
 (which runs the bf16 model, where there is memory for it), and prints the largest resident set of
 each, pages of mapped files among it. Run it from the repository's root.
 """
 
+import functools
 import os
 import shutil
 import sys
@@ -28,11 +29,17 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def tensors(num_layers: int, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and random bf16 weight of every tensor of a tied Llama, layer by layer."""
+    """Name and bf16 weight of every tensor of a tied Llama, layer by layer.
+
+    Whole random levels times a power of two, a copy of the same for each tensor of a shape: on a
+    grid, as a QAT checkpoint is, or most of a build's time would be the search for steps.
+    """
     generator = torch.Generator().manual_seed(0)
 
+    @functools.cache
     def linear(rows: int, width: int) -> Tensor:
-        return torch.randn(rows, width, generator=generator).mul_(0.02).bfloat16()
+        levels = torch.randint(-8, 8, (rows, width), generator=generator, dtype=torch.int8)
+        return levels.bfloat16().mul_(2.0**-8)
 
     yield EMBEDDINGS, linear(vocab_size, WIDTH)
     yield "model.norm.weight", torch.ones(WIDTH, dtype=torch.bfloat16)
@@ -50,7 +57,7 @@ def tensors(num_layers: int, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
             "mlp.down_proj": (WIDTH, INNER),
         }
         for name, shape in shapes.items():
-            yield f"model.layers.{layer}.{name}.weight", linear(*shape)
+            yield f"model.layers.{layer}.{name}.weight", linear(*shape).clone()
 
 
 def write_checkpoint(folder: Path, num_bytes: float) -> int:

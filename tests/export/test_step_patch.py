@@ -1,5 +1,6 @@
 """Step patches between two GGUF files that gguf-py's writer made, and their refusals."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -11,13 +12,8 @@ from safetensors.torch import save_file
 from qatlora.adapters.deployed import changed_steps
 from qatlora.base.names import weight_key
 from qatlora.errors import ExportError, QatloraError
-from qatlora.export.step_patch import (
-    StepFactors,
-    apply_patch,
-    read_head,
-    step_factors,
-    write_patch,
-)
+from qatlora.export.patch_head import Beside, read_head
+from qatlora.export.step_patch import StepFactors, apply_patch, step_factors, write_patch
 from qatlora.files import sha256_of_file
 from qatlora.grid import Q4Blocks, encode_reference, pack
 from qatlora.llamacpp.convert import TensorPlace
@@ -28,6 +24,7 @@ SHAPES = {
     "blk.0.ffn_down_exps.weight": (3, 32, 64),
 }
 RANK = 3
+BESIDE = Beside("# merged\n", ["<|im_end|>"])
 
 
 def random_blocks(seed: int) -> dict[str, Q4Blocks]:
@@ -81,7 +78,7 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     stamp = {"base": "tiny", "adapter": "steps of rank 3", "recipe": "merge"}
     result = write_gguf(tmp_path / "merged.gguf", moved(blocks, factors), **stamp)
     patch = tmp_path / "merged.patch.safetensors"
-    write_patch(base, result, factors, patch)
+    write_patch(base, result, factors, BESIDE, patch)
     return base, result, patch
 
 
@@ -93,6 +90,7 @@ def test_base_and_patch_make_the_exported_file_byte_for_byte(
     assert (tmp_path / "patched.gguf").read_bytes() == result.read_bytes()
     assert base.read_bytes() != result.read_bytes()
     assert (head.base_name, head.result_name) == ("base.gguf", "merged.gguf")
+    assert (head.card, head.stop_texts()) == (BESIDE.card, BESIDE.stops)
 
 
 def test_the_patch_holds_no_vocabulary_and_no_levels(files: tuple[Path, Path, Path]) -> None:
@@ -139,7 +137,7 @@ def test_factors_that_do_not_explain_the_file_make_no_patch(
 ) -> None:
     base, result, _ = files
     with pytest.raises(ExportError, match="where .* was exported"):
-        write_patch(base, result, random_factors(8), tmp_path / "wrong.patch.safetensors")
+        write_patch(base, result, random_factors(8), BESIDE, tmp_path / "wrong.patch.safetensors")
     assert not list(tmp_path.glob("*wrong*"))
 
 
@@ -149,6 +147,27 @@ def test_another_safetensors_file_is_no_patch(
     save_file({"header": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ExportError, match="is no whole step patch"):
         apply_patch(files[0], tmp_path / "other.safetensors", tmp_path / "patched.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("format", "qatlora step patch 1", "step patch 1' of grid version"),
+        ("stops", '["a", 7]', "no list of texts"),
+        ("stops", "[", "in its metadata"),
+        ("format", "pt", "no whole step patch"),
+        ("result_name", "README.md", "would write to"),
+        ("result_name", "../m.gguf", "would write to"),
+        ("result_name", "m.gguf\nADAPTER /a", "would write to"),
+    ],
+)
+def test_a_patch_of_somebody_else_is_not_believed(
+    key: str, value: str, found: str, files: tuple[Path, Path, Path]
+) -> None:
+    head = dataclasses.asdict(read_head(files[2])) | {key: value}
+    save_file({"header": torch.zeros(3)}, files[2], metadata=head)
+    with pytest.raises(ExportError, match=found):
+        read_head(files[2])
 
 
 def test_factors_follow_the_rows_that_the_converter_permuted(tiny_llama_folder: Path) -> None:

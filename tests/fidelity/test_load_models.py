@@ -24,8 +24,8 @@ from qatlora.base.from_gguf import config_from_gguf
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_tokenizer
 from qatlora.base.names import is_stack, weight_key
+from qatlora.base.nf4 import dequantized_nf4
 from qatlora.base.source import find_source
-from qatlora.base.stores import dequantized_nf4
 from qatlora.config import BaseConfig
 from qatlora.fidelity.load import BEFORE, LoadSettings, load_models
 from qatlora.fidelity.plan import AdapterRun, Checkpoint, GgufModel, Place

@@ -1,9 +1,9 @@
 """Make a random base of about 1 GB on a Q4_0 grid, load and train it, and print the peaks.
 
-    python peak_worker.py BASE DATA RUN STORAGE CHECKPOINTING
+    python peak_worker.py BASE RUN STORAGE CHECKPOINTING
 
 Runs in a process of its own: a peak belongs to a process, and the baseline is what importing takes.
-BASE is a folder with a tokenizer, which gets config and weights once.
+BASE is a folder with a tokenizer and a chat template, which gets config, weights and data once.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pipeline_cases import settings
+from pipeline_cases import settings, write_data
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -52,8 +52,19 @@ def write_base(folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def configured(base: Path, data: Path, run: Path, storage: str, checkpointing: str) -> RootConfig:
-    cfg = settings(base, {"chats": data / "chats.jsonl", "text": data / "general.txt"}, run)
+def long_chats(folder: Path) -> dict[str, Path]:
+    """Conversations that fill every row."""
+    files = write_data(folder)
+    with files["chats"].open("w", encoding="utf-8") as lines:
+        for number in range(60):
+            said = f"and then {number} old friends walk home together in the evening sun " * 100
+            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": said}]
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    return files
+
+
+def configured(base: Path, run: Path, storage: str, checkpointing: str) -> RootConfig:
+    cfg = settings(base, long_chats(base), run)
     cfg.stages = ["preflight", "load_data", "load_base", "attach", "train"]
     cfg.storage.kind = Storage[storage]
     cfg.teacher.kind = TeacherKind.none
@@ -68,10 +79,10 @@ def configured(base: Path, data: Path, run: Path, storage: str, checkpointing: s
     return cfg
 
 
-def main(base: Path, data: Path, run: Path, storage: str, checkpointing: str) -> None:
+def main(base: Path, run: Path, storage: str, checkpointing: str) -> None:
     if not (base / "config.json").is_file():
         write_base(base)
-    cfg = configured(base, data, run, storage, checkpointing)
+    cfg = configured(base, run, storage, checkpointing)
     state = Run.start(cfg)
     run.mkdir(parents=True, exist_ok=True)
     memory.forget_peak_rss()
@@ -80,11 +91,11 @@ def main(base: Path, data: Path, run: Path, storage: str, checkpointing: str) ->
         memory.forget_peak_rss()
         pipeline.STAGES[stage](state)
         peaks[stage] = memory.peak_rss_since_forgotten() - baseline
-    job = preflight.planned_job(cfg, loads_dense=True, on_host=True)
+    job = preflight.planned_job(cfg, on_host=True)
     needs = footprint(model_shape(plain_config(base)), job)
     predicted = {"load_base": needs.load, "train": needs.train}
     print(json.dumps({"measured": peaks, "predicted": predicted, "baseline": baseline}))
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])
+    main(*map(Path, sys.argv[1:3]), *sys.argv[3:])

@@ -14,7 +14,7 @@ from qatlora.base.layout import plain_config
 from qatlora.base.published import published_config
 from qatlora.base.stores import Q4Store, Store
 from qatlora.evaluate import final_hidden_states
-from qatlora.plan.choose import LEANEST, longest_row, recommend, usable_bytes
+from qatlora.plan.choose import LEANEST, Allowed, longest_row, recommend, usable_bytes
 from qatlora.plan.footprint import Job, footprint
 from qatlora.plan.shape import ModelShape, model_shape
 
@@ -113,7 +113,7 @@ def shape() -> ModelShape:
     return model_shape(published_config("gemma4_12b"))
 
 
-def test_experts_count_one_by_one_and_come_in_bf16_before_they_are_nf4():
+def test_experts_count_one_by_one_and_only_one_stack_is_read_at_a_time():
     shape = model_shape(published_config("gemma4_26b_a4b"))
     assert len(shape.grid) == len(shape.trained) == 205 + 60 * 128
     lora = shape.adapter_parameters("lora", 16, 16)
@@ -121,7 +121,8 @@ def test_experts_count_one_by_one_and_come_in_bf16_before_they_are_nf4():
     assert of_experts < lora < 1.05 * of_experts
     packed, nf4 = (footprint(shape, Job(kind, **LEANEST)) for kind in ("q4_0", "nf4"))
     assert packed.weights + packed.steps == shape.num_grid_weights * 4.5 / 8
-    assert (packed.dense, nf4.dense) == (0, 2 * 22_837_985_280)
+    assert packed.reading == nf4.reading == 128 * 1408 * 2816 * 3.5
+    assert nf4.load < nf4.train
 
 
 def test_checkpointing_keeps_less_and_a_teacher_in_memory_is_a_second_model(shape: ModelShape):
@@ -130,7 +131,19 @@ def test_checkpointing_keeps_less_and_a_teacher_in_memory_is_a_second_model(shap
     assert lean.activations < full.activations / 5
     taught = footprint(shape, dataclasses.replace(LEAN, teacher="memory"))
     assert taught.train - lean.train > 2 * shape.num_parameters
-    assert taught.export == lean.export
+    assert taught.export - lean.export == taught.head
+
+
+def test_a_cached_teacher_leaves_its_head_in_memory_and_one_in_a_model_counts_once(
+    shape: ModelShape,
+):
+    head = 2 * shape.vocab_size * shape.hidden_size
+    own, cached = (
+        footprint(shape, dataclasses.replace(LEAN, teacher=t)) for t in ("self", "cache")
+    )
+    assert cached.train - own.train == cached.evaluate - own.evaluate == head
+    assert cached.export == own.export
+    assert cached.load == own.load
 
 
 def test_a_larger_card_takes_longer_rows_and_the_next_length_does_not_fit(shape: ModelShape):
@@ -143,8 +156,14 @@ def test_a_larger_card_takes_longer_rows_and_the_next_length_does_not_fit(shape:
 
 
 def test_what_is_recommended_fits_and_a_better_teacher_goes_first(shape: ModelShape):
-    for size in (12, 24, 80):
-        job = recommend(shape, LEAN, size, 512, ["memory", "none"])
+    for size, teacher in ((12, "none"), (24, "cache"), (80, "memory")):
+        job = recommend(shape, LEAN, size, 512, Allowed(("memory", "cache", "none")))
         assert footprint(shape, job).peak <= usable_bytes(size)
-        assert job.teacher == ("memory" if size == 80 else "none")
-    assert recommend(shape, LEAN, 4, 512, ["none"]) is None
+        assert job.teacher == teacher
+    assert recommend(shape, LEAN, 4, 512, Allowed(("none",))) is None
+
+
+def test_the_base_is_its_own_teacher_in_q4_0_alone(shape: ModelShape):
+    job = recommend(shape, LEAN, 24, 512, Allowed(("self",)))
+    assert (job.teacher, job.storage) == ("self", "q4_0")
+    assert recommend(shape, LEAN, 24, 512, Allowed(("self",), storages=("nf4",))) is None

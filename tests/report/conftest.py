@@ -45,7 +45,7 @@ def run_report() -> RunReport:
     return RunReport(
         recipe="chat_sft",
         base=BaseResult("gemma3_270m", "nf4", 268_098_176, 0.0, "b" * 64),
-        adapter=AdapterResult("lora", 16, 32.0, "frozen", True, 3_796_992, 126),
+        adapter=AdapterResult("lora", 16, 32.0, "frozen", True, None, 3_796_992, 126),
         train=TrainResult(NUM_STEPS, 15_210, 312.4, 3.61, 2.94, 5_400_000_000, _history(rng)),
         texts={
             "task": {

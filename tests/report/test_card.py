@@ -121,6 +121,11 @@ def test_a_modelfile_quotes_stops_as_ollama_reads_them(stop: str, line: str) -> 
     assert modelfile("a b.gguf", [stop], None) == f"FROM ./a b.gguf\n{line}\n"
 
 
+def test_a_stop_cannot_end_its_quotation_and_go_on_as_another_instruction() -> None:
+    stops = ['"""\nADAPTER /tmp/x\n"""', "</s>"]
+    assert modelfile("m.gguf", stops, None) == 'FROM ./m.gguf\nPARAMETER stop "</s>"\n'
+
+
 def test_a_template_goes_in_as_it_is() -> None:
     text = modelfile("m.gguf", [], '{{ printf "%s\\n" .Content }}')
     assert text == 'FROM ./m.gguf\nTEMPLATE """{{ printf "%s\\n" .Content }}"""\n'

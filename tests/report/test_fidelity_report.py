@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from rich.console import Console
 
 from qatlora.report.console import to_console
-from qatlora.report.fidelity_plot import position_figure
+from qatlora.report.fidelity_plot import distribution_figure, position_figure
 from qatlora.report.fidelity_text import (
     advice,
     candidates,
@@ -72,6 +72,18 @@ def test_neither_the_reference_nor_an_untrained_base_can_be_the_nearest():
     assert headlines(report(model("bf16", 0.0)).fidelity) == []
 
 
+def test_where_there_is_a_choice_comes_first():
+    vanilla = model("vanilla@nf4", 0.3, reference="vanilla@bf16")
+    result = report(vanilla, model("q4_0", 0.1), model("nf4", 0.2)).fidelity
+    other = FidelityReference("vanilla@bf16", "vanilla@bf16", 536_000_000, 0.0)
+    result = dataclasses.replace(result, references=[other, *result.references])
+    assert [line.split(",")[0] for line in headlines(result)] == [
+        "Nearest to bf16",
+        "Nearest to vanilla@bf16",
+    ]
+    assert advice(vanilla, candidates(result, other)) == ""
+
+
 def test_a_larger_build_that_is_further_away_is_advised_against():
     small, same = model("small", 0.3, bytes=100), model("same", 0.3001, bytes=150)
     large, best = model("large", 0.4, bytes=300), model("best", 0.1, bytes=200)
@@ -96,6 +108,19 @@ def test_every_model_has_a_row_for_every_text():
     wanted = [("wiki", "nf4"), ("wiki", "q4_0"), ("c4", "nf4"), ("c4", "q4_0")]
     assert [tuple(row[:2]) for row in statistics_cells(result)] == wanted
     assert [tuple(row[:2]) for row in console_cells(result)] == wanted
+
+
+def test_an_exact_model_is_named_beside_the_curves_and_does_not_stretch_them():
+    exact = model("q4_0", 0.0)
+    for figures in exact.texts.values():
+        figures.histogram[:] = [4048] + [0] * (len(KLD_BIN_EDGES) - 2)
+    curve = model("nf4", 0.2)
+    for figures in curve.texts.values():
+        figures.histogram[:5] = [0] * 5
+    axis = distribution_figure(report(exact, curve).fidelity, KLD_BIN_EDGES).axes[-1]
+    named = [entry.get_text() for entry in axis.get_legend().get_texts()]
+    assert named == ["q4_0: 0 everywhere", "nf4"]
+    assert axis.get_xlim()[0] == KLD_BIN_EDGES[5]
 
 
 def test_no_curve_leaves_the_plot_of_positions():

@@ -60,6 +60,14 @@ def test_the_markdown_names_gates_reasons_and_the_plot(result):
     assert "sweep.png" not in to_markdown(result, has_plot=False)
 
 
+def test_the_markdown_has_a_row_for_the_base_that_all_runs_start_from(result):
+    (row,) = (line for line in to_markdown(result, has_plot=True).splitlines() if "| base" in line)
+    assert [cell.strip() for cell in row.split("|")][5:9] == ["14.90", "0.4100", "26.20", "0.2900"]
+    other = replace(result.runs[0], base=replace(BASE, task_perplexity=15.0))
+    both = replace(result, runs=[other, *result.runs])
+    assert "| base" not in to_markdown(both, has_plot=True)
+
+
 def test_eighty_columns_show_every_figure_of_the_terminals_table_whole(result):
     console = Console(file=io.StringIO(), width=80)
     console.print(to_console(result))

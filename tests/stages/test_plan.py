@@ -1,18 +1,29 @@
 """recipe=plan from its settings to its report, for shipped architectures and for a folder."""
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
+from loaded_cases import on_grid_folder
+from omegaconf import OmegaConf
 
 from qatlora import pipeline
-from qatlora.config import RootConfig, Storage
+from qatlora.__main__ import main
+from qatlora.base.layout import plain_config
+from qatlora.config import Holds, RootConfig, Storage
 from qatlora.errors import CheckpointError
+from qatlora.paths import shipped
+from qatlora.plan.choose import LEANEST, usable_bytes
+from qatlora.plan.footprint import Job, footprint
+from qatlora.plan.shape import model_shape
 from qatlora.report.json_report import load_schema
 
 
-def planned(run_dir: Path, **base: str) -> dict:
+def planned(run_dir: Path, **base: Any) -> dict:
     cfg = RootConfig(stages=["plan", "report"], run_dir=str(run_dir))
     cfg.card.name, cfg.base.name = "plan", "tiny"
     for key, value in base.items():
@@ -28,21 +39,85 @@ def test_a_published_base_is_planned_without_its_checkpoint(tmp_path: Path):
     report = planned(tmp_path, architecture="gemma4_e4b")
     plan = report["plan"]
     assert [one["storage"] for one in plan["storages"]] == ["nf4", "q4_0", "bf16"]
-    assert len(plan["fits"]) == 3 * 3 * 3
+    assert len(plan["fits"]) == 3 * 3 * 4 - 3  # NF4 is never its own teacher
     assert all(len(one["row_tokens"]) == len(plan["gpu_gb"]) for one in plan["fits"])
     recommended = plan["recommended"]
     assert 0 < recommended["peak_bytes"] < 24 * 2**30
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert all(override in text for override in recommended["overrides"])
+    assert all(command in text for command in recommended["commands"])
     assert "24 GB" in text
 
 
 def test_a_folder_is_planned_by_its_config(tiny_multimodal_folder: Path, tmp_path: Path):
     report = planned(tmp_path, path=str(tiny_multimodal_folder))
     assert report["plan"]["bf16_bytes"] == 2 * report["base"]["parameters"]
-    assert report["plan"]["recommended"]["overrides"][:3] == [
-        "storage=q4_0", "adapter=lora", "teacher=bf16",
-    ]  # fmt: skip
+    (command,) = report["plan"]["recommended"]["commands"]
+    assert command.startswith(
+        f"python -m qatlora recipe=chat_sft base.path={tiny_multimodal_folder}"
+    )
+    assert command.endswith(" teacher=bf16")
+
+
+@pytest.mark.parametrize(
+    ("base", "teacher", "storage"),
+    [
+        ("gemma4_31b_it", "none", "q4_0"),
+        ("gemma4_31b_it_qat", "self", "q4_0"),
+        ("gemma4_31b_it_qat_nf4", "none", "nf4"),
+        ("gemma4_12b_it", "cache", "q4_0"),
+        ("gemma4_12b_it_qat", "self", "q4_0"),
+    ],
+)
+def test_what_a_published_checkpoint_is_reported_to_hold_decides_teacher_and_storage(
+    base: str, teacher: str, storage: str, tmp_path: Path
+):
+    settings = OmegaConf.to_container(OmegaConf.load(shipped("conf") / "base" / f"{base}.yaml"))
+    holds = Holds[settings.pop("holds", "bf16")]
+    report = planned(tmp_path, **settings, holds=holds)
+    *_, command = report["plan"]["recommended"]["commands"]
+    assert f" base={base} storage={storage} " in command
+    assert f" teacher={teacher}" in command
+
+
+@pytest.mark.parametrize("teacher", ["self", "cache"])
+def test_where_no_teacher_fits_beside_the_base_the_commands_for_another_one_work(
+    teacher: str,
+    tiny_llama_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    base = tiny_llama_folder
+    if teacher == "self":
+        base = tmp_path / "on grid"
+        on_grid_folder(tiny_llama_folder, base)
+    shape, job = model_shape(plain_config(base)), Job("q4_0", "steps", tokens=128, **LEANEST)
+    peaks = [
+        footprint(shape, dataclasses.replace(job, teacher=one)).peak for one in (teacher, "memory")
+    ]
+    monkeypatch.chdir(tmp_path)
+    typed(
+        monkeypatch,
+        "recipe=plan", f"base.path={base}", f"plan.gpu_gb={sum(peaks) / 2 / usable_bytes(1)}",
+        "data=jsonl", f"data.path={files['chats']}", f"data.general={files['text']}",
+        "data.max_length_tokens=128", "data.eval_tokens=64", "train.max_steps=2",
+        "teacher.kl_weight=0.2",
+        "guard.require_effect=false", "guard.llama_cpp=false", "run_dir=planned",
+        "guard.drift_kld_increase_max_nats=10",
+    )  # fmt: skip
+    report = json.loads(Path("planned/report.json").read_text(encoding="utf-8"))
+    commands = report["plan"]["recommended"]["commands"]
+    assert len(commands) == (2 if teacher == "cache" else 1)
+    assert all(" teacher.kl_weight=0.2 " in command for command in commands)
+    for command in commands:
+        typed(monkeypatch, *shlex.split(command)[3:])
+    assert len(list(Path("runs").glob("**/*.gguf"))) == 1
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """As on the command line."""
+    monkeypatch.setattr("sys.argv", ["qatlora", *arguments])
+    main()
 
 
 def test_an_unknown_architecture_names_the_choices(tmp_path: Path):

@@ -37,6 +37,9 @@ def test_the_base_and_a_small_patch_make_the_published_file(
         written = json.loads((tmp_path / folder / "report.json").read_text(encoding="utf-8"))
         jsonschema.validate(written, load_schema())
     _check_beside(tmp_path / "run", report.export.path)
+    for name in ("README.md", "Modelfile"):
+        beside = [tmp_path / folder / name for folder in ("run", "patched")]
+        assert beside[0].read_bytes() == beside[1].read_bytes()
 
 
 def _check_beside(run_dir: Path, gguf: str) -> None:

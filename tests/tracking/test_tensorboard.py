@@ -11,25 +11,42 @@ from qatlora.config import LoggingConfig, ReportTo
 from qatlora.errors import ConfigError
 from qatlora.tracking import require_tracker
 
+
+class Died(BaseException):
+    """Ends a run as a kill does, but for this process."""
+
+
+def die_after_three(self, args, state, control, **_) -> None:
+    if state.global_step == 4:  # three are logged, the checkpoint is of two
+        raise Died
+
+
 INSTALLED = importlib.util.find_spec("tensorboard") is not None
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs the package tensorboard")
-def test_losses_tables_and_plots_are_in_the_event_file(
-    tiny_gemma3_folder: Path, tmp_path: Path
+def test_the_event_files_of_a_resumed_run_hold_each_step_once_and_tables_and_plots(
+    tiny_gemma3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     cfg = settings(tiny_gemma3_folder, write_data(tmp_path), tmp_path / "run")
     cfg.stages = [*STAGES[: STAGES.index("train") + 1], "evaluate_trained", "report"]
     cfg.logging.report_to = ReportTo.tensorboard
+    with monkeypatch.context() as patch:
+        patch.setattr("qatlora.train.run.StepLog.on_step_end", die_after_three)
+        with pytest.raises(Died):
+            pipeline.run(cfg)
+    cfg.train.resume = True
     report = pipeline.run(cfg)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    losses = [event.value for event in events.Scalars("train/loss")]
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
     assert report.train is not None
-    assert losses == pytest.approx([point.loss for point in report.train.history], rel=1e-6)
+    assert len(events.Scalars("train/loss")) == len(losses) == cfg.train.max_steps
+    expected = {point.step: point.loss for point in report.train.history}
+    assert losses == pytest.approx(expected, rel=1e-6)
     assert "loss" in events.Tags()["images"]
     assert "scores/text_summary" in events.Tags()["tensors"]
 

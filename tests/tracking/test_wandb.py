@@ -9,7 +9,9 @@ import pytest
 from pipeline_cases import STAGES, settings, write_data
 
 from qatlora import pipeline
-from qatlora.config import ReportTo
+from qatlora.config import LoggingConfig, ReportTo
+from qatlora.report.results import TrainPoint
+from qatlora.tracking import open_tracker
 from qatlora.tracking.wandb_login import has_key, why_offline
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -45,6 +47,22 @@ def test_a_run_without_key_ends_offline_with_its_tables_and_plots(
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
     perplexities = {(row[0], row[1]): row[3] for row in table["data"]}
     assert perplexities["task", "trained"] == report["perplexity"]["task"]["trained"]
+
+
+def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(
+    nobody: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ids = []
+    for last_step in (0, 2, 0):
+        settings = LoggingConfig(report_to=ReportTo.wandb)
+        tracker = open_tracker(settings, tmp_path, {}, last_step)
+        tracker.log(TrainPoint(last_step + 1, 2.0, None, None, None, 1e-3, 0.5))
+        tracker.close(failed=False)
+        newest = max(
+            (tmp_path / "wandb").glob("offline-run-*"), key=lambda one: one.stat().st_ctime
+        )
+        ids.append(newest.name.rpartition("-")[2])
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_a_server_that_does_not_answer_is_given_up_soon(nobody: pytest.MonkeyPatch) -> None:

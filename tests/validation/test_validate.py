@@ -64,7 +64,8 @@ def run(base: Path, files: dict[str, Path], run_dir: Path, **given: object) -> d
     report = json.loads((run_dir / "report.json").read_text())
     jsonschema.validate(report, load_schema())
     assert report["guard"]["passed"] is (failure is None)
-    assert failure is None or "A Q4_0 export would not keep this model" in str(failure)
+    meaning = "the GGUF is not" if "gguf" in given else "a Q4_0 export would not keep"
+    assert failure is None or f": {meaning} this model. Gate " in str(failure)
     assert (run_dir / "report.md").is_file()
     return report
 
@@ -167,6 +168,7 @@ def test_a_gguf_of_the_blocks_passes_and_one_of_another_type_fails(
     convert_types(good.path, other, "Q8_0")
     report = run(base, files, tmp_path / "other_run", gguf=other)
     assert gates(report)["gguf_blocks"] == "failed"
+    assert "reproduced by the file's Q8_0" in report["guard"]["gates"][0]["message"]
     assert report["validate"]["what"] == "gguf"
 
 
