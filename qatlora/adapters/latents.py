@@ -1,6 +1,7 @@
 """Train a base's own weights inside the grid: every trained linear becomes a `LatentLinear`."""
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,9 @@ class LatentModel(GridModel):
         return ParameterGroups(
             levels=[layer.latent for layer in layers],
             steps=[change for change in changes if change is not None],
+            level_size=statistics.median(
+                layer.steps.abs().float().median().item() for layer in layers
+            ),
         )
 
     def trained_layers(self) -> list[LatentLinear]:

@@ -34,10 +34,13 @@ class ParameterGroups:
     Attributes:
         levels: latents or their low-rank factors.
         steps: what moves the steps; empty where they stay.
+        level_size: what their rate is a share of: of latents the size of a level, as Adam moves
+            a weight by about the rate, and what counts is how many levels that is.
     """
 
     levels: list[nn.Parameter]
     steps: list[nn.Parameter]
+    level_size: float = 1.0
 
 
 @dataclass(frozen=True)

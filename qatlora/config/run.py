@@ -167,7 +167,8 @@ class TrainConfig:
     max_steps: int = 30
     """Optimizer steps."""
     learning_rate: float = 1e-3
-    """Peak rate of what moves the levels: low-rank factors, or the weights themselves."""
+    """Peak rate of what moves the levels: low-rank factors, or the weights themselves, and then as
+    a share of the median level (the grid's step) of the base."""
     steps_learning_rate: float | None = None
     """Peak rate of what moves the steps: low-rank factors, or a relative change per block; null:
     ten times learning_rate."""

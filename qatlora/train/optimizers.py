@@ -38,7 +38,8 @@ def build_optimizer(
         seed: of the rounding.
     """
     levels, steps = parameters.levels, parameters.steps
-    rated = ((levels, settings.learning_rate), (steps, settings.rate_of_steps))
+    rate = settings.learning_rate * parameters.level_size
+    rated = ((levels, rate), (steps, settings.rate_of_steps))
     groups = [{"params": group, "lr": rate} for group, rate in rated if group]
     is_wide = all(one.dtype == torch.float32 for one in (*levels, *steps))
     if settings.optimizer is Optimizer.adamw and is_wide:
