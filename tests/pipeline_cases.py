@@ -62,6 +62,6 @@ def distill(base: Path, data: dict[str, Path], run_dir: Path, steps: str = "froz
     cfg.distill.train, cfg.distill.steps = Trained.weights, LatentSteps[steps]
     cfg.teacher.ce_weight, cfg.teacher.kl_weight = 0.0, 0.25
     cfg.data.replay_rows_per_step = 3
-    cfg.train.learning_rate, cfg.train.steps_learning_rate = 2e-3, 1e-2
+    cfg.train.learning_rate, cfg.train.steps_learning_rate = 0.07, 1e-2
     cfg.guard.effect = Effect.teacher_kld
     return cfg

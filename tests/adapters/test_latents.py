@@ -193,6 +193,12 @@ def test_all_latents_train_and_nothing_else(tiny_llama_folder: Path) -> None:
     assert model.num_trainable == sum(p.numel() for p in [*groups.levels, *groups.steps])
 
 
+def test_the_rate_is_a_share_of_a_level_of_this_base(tiny_llama_folder: Path) -> None:
+    model = attach_latents(loaded(tiny_llama_folder, "bf16"), LatentRule("frozen"))
+    all_steps = torch.cat([layer.steps.abs().float().flatten() for layer in model.trained_layers()])
+    assert model.parameter_groups().level_size == pytest.approx(all_steps.median().item(), rel=0.2)
+
+
 def test_a_selection_of_layers_leaves_the_others_as_they_are(tiny_llama_folder: Path) -> None:
     base = loaded(tiny_llama_folder, "bf16", trained=[r"model\.layers\.0\.mlp\..*_proj"])
     model = attach_latents(base, LatentRule("frozen"))

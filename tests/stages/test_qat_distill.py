@@ -69,7 +69,7 @@ def test_distilling_lowers_the_kld_and_passes_the_effect_gate(
     tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     cfg = distill(tiny_llama_folder, files, tmp_path)
-    cfg.train.max_steps, cfg.train.save_steps, cfg.train.learning_rate = 40, 40, 1e-3
+    cfg.train.max_steps, cfg.train.save_steps, cfg.train.learning_rate = 40, 40, 0.035
     cfg.guard.require_effect = True
     report = pipeline.run(cfg)
     kld = {model: result.kld.mean for model, result in report.texts["general"].items()}

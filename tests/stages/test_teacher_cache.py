@@ -244,7 +244,7 @@ def test_a_cache_serves_weights_that_are_trained_themselves(runs: Runs) -> None:
         "distill__train": Trained.weights,
         "distill__steps": LatentSteps.frozen,
         "teacher__ce_weight": 0.0,
-        "train__learning_rate": 2e-3,
+        "train__learning_rate": 0.07,
     }
     runs.write(teacher__cache_top_k=ALL_WORDS)
     online, cached = runs.train(**changes), runs.from_cache(**changes)

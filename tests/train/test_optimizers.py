@@ -50,6 +50,18 @@ def movement(dtype: torch.dtype, kind: str) -> Tensor:
     return weight.detach().double() - before
 
 
+def test_weights_of_a_grid_four_times_as_wide_move_by_as_many_levels() -> None:
+    narrow, wide = weights(torch.float32), weights(torch.float32)
+    before = narrow.detach().clone()
+    with torch.no_grad():
+        wide.mul_(4)
+    for weight, size in ((narrow, 1.0), (wide, 4.0)):
+        groups = ParameterGroups([weight], steps=[], level_size=size)
+        take_steps(build_optimizer(groups, TrainConfig(), 0), weight, range(NUM_STEPS))
+    assert not narrow.equal(before)
+    assert wide.equal(4 * narrow)
+
+
 def test_a_number_becomes_one_of_its_two_neighbours_and_itself_on_average() -> None:
     value = torch.tensor([0.1, -0.1, 1.0, -3.0, 0.0, 1e-3, 2.0**-130, -65535.7])
     num_draws = 1 << 14
