@@ -104,7 +104,7 @@ def _held_by(source: Source) -> Holds:
     if source.record is not None:
         share = source.record.on_grid_share
     else:
-        name = find_layout(source, BaseConfig()).grid[0]
+        name = find_layout(source, BaseConfig()).grid[0]  # whatever is trained
         share = float(detect(source.tensor(weight_key(name))).float().mean())
     return Holds.on_grid if share >= ON_GRID_SHARE else Holds.bf16
 
