@@ -69,7 +69,8 @@ def _storages(cfg: RootConfig) -> list[Storage]:
 
 
 def _fits(cfg: RootConfig, shape: ModelShape, job: Job) -> Iterator[Fits]:
-    kinds, teachers = [kind.name for kind in AdapterKind], ["none", "self", "cache", "memory"]
+    kinds: list[str | None] = [kind.name for kind in AdapterKind]
+    teachers = ["none", "self", "cache", "memory"]
     if job.adapter is None:
         kinds, teachers = [None], ["cache", "memory"]
     for storage, kind, teacher in itertools.product(_storages(cfg), kinds, teachers):
