@@ -237,7 +237,8 @@ def _latents_result(latents: LatentModel) -> LatentsResult:
 
 
 def _device(name: str) -> torch.device:
-    num_gpus = torch.cuda.device_count()
+    # Where the driver does not suit PyTorch, devices are still counted.
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
     device = torch.device(name)

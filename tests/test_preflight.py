@@ -13,6 +13,7 @@ from qatlora.config import Latent, Optimizer, RootConfig, Storage, Trained
 from qatlora.distill.cache import bytes_per_token
 from qatlora.errors import ConfigError, ResourceError
 from qatlora.plan.shape import model_shape
+from qatlora.state import Run
 
 
 def test_trained_weights_count_with_gradient_moments_and_checkpoints(
@@ -25,7 +26,8 @@ def test_trained_weights_count_with_gradient_moments_and_checkpoints(
     adapters = preflight.estimate(cfg, source, layout, torch.device("cpu"))
     cfg.distill.train = Trained.weights
     weights = preflight.estimate(cfg, source, layout, torch.device("cpu"))
-    adapter = model_shape(plain_config(tiny_llama_folder)).adapter_parameters("lora", 16, 16)
+    shape, kind = model_shape(plain_config(tiny_llama_folder)), cfg.adapter.kind.name
+    adapter = shape.adapter_parameters(kind, 16, 16)
     more = layout.num_grid_weights - adapter
     assert weights.memory_bytes - adapters.memory_bytes > 16 * more
     assert weights.disk_bytes - adapters.disk_bytes == 36 * layout.num_grid_weights
@@ -143,6 +145,14 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_long() -> None:
     cfg.train.device = "cuda:64"
     with pytest.raises(ConfigError, match=r"train\.device=cuda:64: .* GPUs.*train\.device=auto"):
         pipeline.run(cfg)
+
+
+def test_a_gpu_whose_driver_does_not_suit_pytorch_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Run.start(RootConfig()).device == torch.device("cpu")
 
 
 def test_an_unknown_choice_of_kernels_is_refused_before_anything_long(

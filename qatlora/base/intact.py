@@ -73,10 +73,10 @@ def _is_weight_file(folder: Path, name: str) -> bool:
 
 
 def require_all_found(folder: Path, missing: Collection[str]) -> None:
-    """Check what transformers says after it has loaded a model.
+    """Refuse a checkpoint that is not whole, found before or after it was loaded.
 
     Raises:
-        CheckpointError: it found no tensors of the names `missing`.
+        CheckpointError: there are names in `missing`.
     """
     if missing:
         names = ", ".join(sorted(path.name for path in folder.glob(f"*{WEIGHTS}")))

@@ -110,12 +110,15 @@ def _file_sections(report: RunReport) -> Iterator[str]:
 def _training_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those that decide what was learned; a saved adapter has them in its own run's report."""
     parts = {"train": _TRAIN_KEYS, "teacher": _TEACHER_KEYS}
-    return {
+    found = {
         f"{part}.{key}": getattr(value, "name", value)
         for part, keys in parts.items()
         for key in keys
         if (value := settings.get(part, {}).get(key)) is not None
-    } | {"seed": settings.get("seed")}
+    }
+    # Left to its default it follows the other rate, which alone would say nothing of the steps.
+    found.setdefault("train.steps_learning_rate", "ten times train.learning_rate")
+    return found | {"seed": settings.get("seed")}
 
 
 def _command(report: RunReport) -> str:

@@ -20,7 +20,10 @@ class PlannedStorage:
 
 @dataclass(frozen=True)
 class Fits:
-    """The longest row of tokens per GPU size, in the order of `PlanResult.gpu_gb`; None: none."""
+    """The longest row of tokens per GPU size, in the order of `PlanResult.gpu_gb`; None: none.
+
+    `adapter` is lora, steps, both, or weights, where these are trained themselves.
+    """
 
     storage: str
     adapter: str

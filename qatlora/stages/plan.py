@@ -47,7 +47,9 @@ def plan(state: Run) -> None:
         bf16_bytes=2 * shape.num_parameters,
         q4_0_bytes=shape.num_text_parameters * Q4_0_BITS / 8,
         micro_batch_tokens=job.tokens,
-        storages=[_planned(shape, dataclasses.replace(job, storage=s.name)) for s in Storage],
+        storages=[
+            _planned(shape, dataclasses.replace(job, storage=one.name)) for one in _storages(cfg)
+        ],
         gpu_gb=list(cfg.plan.gpu_sizes_gb),
         fits=list(_fits(cfg, shape, job)),
         recommended=_recommended(cfg, shape, job, _allowed(cfg, source)),
@@ -61,17 +63,25 @@ def _planned(shape: ModelShape, job: Job) -> PlannedStorage:
     return PlannedStorage(job.storage, parts, {peak: getattr(needs, peak) for peak in _PEAKS})
 
 
+def _storages(cfg: RootConfig) -> list[Storage]:
+    """Those that can be trained; weights themselves start from the checkpoint's own values."""
+    return [Storage.bf16] if cfg.distill.train is Trained.weights else list(Storage)
+
+
 def _fits(cfg: RootConfig, shape: ModelShape, job: Job) -> Iterator[Fits]:
-    teachers = ("none", "self", "cache", "memory")
-    for storage, kind, teacher in itertools.product(Storage, AdapterKind, teachers):
+    kinds: list[str | None] = [kind.name for kind in AdapterKind]
+    teachers = ["none", "self", "cache", "memory"]
+    if job.adapter is None:
+        kinds, teachers = [None], ["cache", "memory"]
+    for storage, kind, teacher in itertools.product(_storages(cfg), kinds, teachers):
         if teacher == "self" and storage is Storage.nf4:
             continue
-        one = dataclasses.replace(job, storage=storage.name, adapter=kind.name, teacher=teacher)
+        one = dataclasses.replace(job, storage=storage.name, adapter=kind, teacher=teacher)
         lengths = [
             longest_row(shape, one, gpu_gb, cfg.plan.row_lengths_tokens)
             for gpu_gb in cfg.plan.gpu_sizes_gb
         ]
-        yield Fits(storage.name, kind.name, teacher, lengths)
+        yield Fits(storage.name, kind or Trained.weights.name, teacher, lengths)
 
 
 def _allowed(cfg: RootConfig, source: Source | None) -> Allowed:
@@ -79,9 +89,10 @@ def _allowed(cfg: RootConfig, source: Source | None) -> Allowed:
     holds = cfg.base.holds if source is None else _held_by(source)
     has_values = holds is not Holds.nf4 if source is None else has_bf16_values(source)
     other = cfg.teacher.kind is TeacherKind.bf16 and cfg.teacher.path is not None
+    if cfg.distill.train is Trained.weights:  # held to a teacher, and to nothing else
+        return Allowed(("memory", "cache") if has_values or other else (), ("bf16",))
     teachers = ["memory"] if has_values or other else []
-    if holds is Holds.on_grid and cfg.distill.train is not Trained.weights:
-        teachers.append("self")
+    teachers += ["self"] if holds is Holds.on_grid else []
     teachers += ["cache"] if has_values or other else []
     storages = ("q4_0",) if source and source.packed_modules else ("q4_0", "nf4")
     return Allowed((*teachers, "none"), ("nf4",) if holds is Holds.nf4 else storages)
@@ -94,7 +105,7 @@ def _held_by(source: Source) -> Holds:
     if source.record is not None:
         share = source.record.on_grid_share
     else:
-        name = find_layout(source, BaseConfig()).grid[0]
+        name = find_layout(source, BaseConfig()).grid[0]  # whatever is trained
         share = float(detect(source.tensor(weight_key(name))).float().mean())
     return Holds.on_grid if share >= ON_GRID_SHARE else Holds.bf16
 

@@ -3,10 +3,18 @@
 import shlex
 from collections.abc import Iterator
 
-from qatlora.config import BaseConfig, RootConfig, TeacherKind
+from qatlora.config import BaseConfig, RootConfig, TeacherKind, Trained
 from qatlora.plan.footprint import Job
 
 _CACHE = "teacher_cache"
+# What trains, and what writes the teacher's cache for the rows of just that recipe.
+_RECIPES = {
+    Trained.adapters: (["recipe=chat_sft"], ["recipe=teacher_cache"]),
+    Trained.weights: (
+        ["recipe=qat_distill"],
+        ["recipe=qat_distill", "stages=[preflight,load_data,teacher_cache,report]"],
+    ),
+}
 # Said anew, whatever was typed for the plan.
 _SETTLED = {
     "recipe", "run_dir", "base", "base.path", "base.hub_id", "base.name", "storage", "storage.kind",
@@ -29,13 +37,14 @@ def commands(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:
     run = [*settings, *(one for one in typed if not _key(one).startswith(others))]
     other = cfg.teacher.path if cfg.teacher.kind is TeacherKind.bf16 else None
     path = [] if other is None else [f"teacher.path={other}"]
+    train, write = _RECIPES[cfg.distill.train]
     if job.teacher == "memory":
-        return [_command("chat_sft", [*run, "teacher=bf16", *path])]
+        return [_command(*train, *run, "teacher=bf16", *path)]
     if job.teacher == "cache":
         writing = [*run, *path, f"teacher.cache_path={_CACHE}", "train.device=cpu"]
         reading = [*run, "teacher=cache", f"teacher.path={_CACHE}"]
-        return [_command("teacher_cache", writing), _command("chat_sft", reading)]
-    return [_command("chat_sft", [*run, f"teacher={job.teacher}"])]
+        return [_command(*write, *writing), _command(*train, *reading)]
+    return [_command(*train, *run, f"teacher={job.teacher}")]
 
 
 def _base(base: BaseConfig) -> Iterator[str]:
@@ -48,9 +57,10 @@ def _base(base: BaseConfig) -> Iterator[str]:
 
 
 def _sizes(cfg: RootConfig, job: Job, row_tokens: int) -> list[str]:
+    adapter = [] if job.adapter is None else [f"adapter={job.adapter}"]
     return [
         f"storage={job.storage}",
-        f"adapter={cfg.adapter.kind.name}",
+        *adapter,
         f"data.max_length_tokens={row_tokens}",
         f"train.micro_batch_rows={job.tokens // row_tokens}",
         f"train.rows_per_step={_rows_per_step(cfg, job.tokens // row_tokens)}",
@@ -69,5 +79,5 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _command(recipe: str, overrides: list[str]) -> str:
-    return shlex.join(["python", "-m", "qatlora", f"recipe={recipe}", *overrides])
+def _command(*overrides: str) -> str:
+    return shlex.join(["python", "-m", "qatlora", *overrides])

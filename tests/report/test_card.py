@@ -64,6 +64,16 @@ def test_the_card_has_the_figures_gates_and_data_of_the_report(run_report: RunRe
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("rate", "words"), [(None, "ten times"), (0.005, "0.005")])
+def test_the_rate_of_the_steps_is_said_where_it_is_left_to_its_default(
+    rate: float | None, words: str, run_report: RunReport
+) -> None:
+    settings = {"train": {"learning_rate": 1e-3, "steps_learning_rate": rate}}
+    card = model_card(dataclasses.replace(run_report, settings=settings))
+    (line,) = (line for line in card.splitlines() if "steps" in line and "rate:" in line)
+    assert words in line
+
+
 def test_the_command_is_the_one_that_was_typed(run_report: RunReport) -> None:
     typed = ["recipe=chat_sft", "data.path=my chats.jsonl"]
     settings = run_report.settings | {"overrides": typed}

@@ -10,11 +10,13 @@ import jsonschema
 import pytest
 from loaded_cases import on_grid_folder
 from omegaconf import OmegaConf
+from test_config import compose
 
 from qatlora import pipeline
 from qatlora.__main__ import main
 from qatlora.base.layout import plain_config
-from qatlora.config import Holds, RootConfig, Storage
+from qatlora.config import Holds, RootConfig, Storage, to_dataclasses
+from qatlora.config.rules import validate
 from qatlora.errors import CheckpointError
 from qatlora.paths import shipped
 from qatlora.plan.choose import LEANEST, usable_bytes
@@ -112,6 +114,28 @@ def test_where_no_teacher_fits_beside_the_base_the_commands_for_another_one_work
     for command in commands:
         typed(monkeypatch, *shlex.split(command)[3:])
     assert len(list(Path("runs").glob("**/*.gguf"))) == 1
+
+
+@pytest.mark.parametrize(("gpu_gb", "num_commands"), [(7, 2), (24, 1)])
+def test_weights_that_are_trained_are_planned_for_the_recipe_that_trains_them(
+    gpu_gb: int, num_commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    lean = ["distill.latent=bf16", "train.optimizer=adamw_8bit"]
+    typed(
+        monkeypatch,
+        "recipe=plan", "base=gemma3_1b_it", "storage=bf16", "distill.train=weights", *lean,
+        f"plan.gpu_gb={gpu_gb}", "run_dir=planned",
+    )  # fmt: skip
+    plan = json.loads(Path("planned/report.json").read_text(encoding="utf-8"))["plan"]
+    fits = {(one["storage"], one["adapter"], one["teacher"]) for one in plan["fits"]}
+    assert fits == {("bf16", "weights", "cache"), ("bf16", "weights", "memory")}
+    assert len(plan["recommended"]["commands"]) == num_commands
+    for command in plan["recommended"]["commands"]:
+        arguments = shlex.split(command)[3:]
+        assert arguments[0] == "recipe=qat_distill"
+        assert {"storage=bf16", *lean} < set(arguments)
+        validate(to_dataclasses(compose(*arguments)))
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
