@@ -2,6 +2,7 @@
 
 import errno
 import re
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -21,7 +22,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return _one_paragraph(str(error)), error.exit_code
     if isinstance(error, HydraException):
         return _explain_composition(error), ConfigError.exit_code
-    if isinstance(error, FileExistsError | NotADirectoryError):
+    if isinstance(error, FileExistsError | NotADirectoryError) and _is_no_folder(error):
         return (
             f"{error.filename} is a file, or lies below one, and a folder is to be made there. "
             "Give another place with run_dir=FOLDER or QATLORA_CACHE=FOLDER."
@@ -32,6 +33,10 @@ def explain(error: Exception) -> tuple[str, int] | None:
             "and QATLORA_CACHE=FOLDER."
         ), QatloraError.exit_code
     return None
+
+
+def _is_no_folder(error: OSError) -> bool:
+    return error.filename is not None and not Path(error.filename).is_dir()
 
 
 def _errno_of(error: Exception) -> int | None:

@@ -167,6 +167,12 @@ def test_a_run_folder_that_is_a_file_is_one_paragraph(command, tmp_path, sweep):
     assert message.count("\n") == 1
 
 
+def test_a_folder_that_is_in_the_way_of_the_code_is_a_bug(command, pipeline, tmp_path):
+    pipeline.fails_with = lambda cfg: FileExistsError(17, "File exists", str(tmp_path))
+    with pytest.raises(FileExistsError):
+        command("recipe=chat_sft")
+
+
 def test_a_bug_keeps_its_traceback(command, pipeline):
     pipeline.fails_with = lambda cfg: ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):

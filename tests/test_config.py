@@ -14,6 +14,7 @@ from qatlora.config import (
     DataConfig,
     DataKind,
     DivergenceKind,
+    Latent,
     RootConfig,
     Rounding,
     Storage,
@@ -254,6 +255,11 @@ def test_a_base_is_its_own_teacher_only_where_its_weights_stay(valid, tmp_path):
         validate(change(own, "teacher.path", str(tmp_path)))
     with pytest.raises(ConfigError, match="weights are what is trained"):
         validate(change(own, "distill.train", Trained.weights))
+
+
+def test_the_precision_of_trained_weights_is_refused_where_none_are_trained(valid):
+    with pytest.raises(ConfigError, match="distill.latent=bf16 with distill.train=adapters"):
+        validate(change(valid, "distill.latent", Latent.bf16))
 
 
 def test_only_a_bf16_teacher_writes_a_cache_for_any_recipe():

@@ -14,6 +14,7 @@ from qatlora.config import (
     BaseConfig,
     Effect,
     ExportConfig,
+    Latent,
     RootConfig,
     Rounding,
     Storage,
@@ -220,6 +221,12 @@ def _check_distill(cfg: RootConfig) -> None:
             "teacher=bf16, or guard.effect=task_loss."
         )
     if cfg.distill.train is not Trained.weights:
+        if cfg.distill.latent is not Latent.fp32:
+            raise ConfigError(
+                f"distill.latent={cfg.distill.latent.name} with distill.train=adapters: only "
+                "trained weights are held so, factors stay float32. Use distill.train=weights, or "
+                "leave distill.latent out."
+            )
         return
     if cfg.storage.kind is not Storage.bf16:
         raise ConfigError(

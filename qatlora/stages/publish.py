@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from qatlora import progress
 from qatlora.export import publish as export
 from qatlora.export.patch_head import Beside
 from qatlora.guard.judge import permit
@@ -21,6 +22,8 @@ def publish(state: Run) -> None:
     state.export = export.publish(state.candidate, permit(state.candidate, state.guard))
     beside = Beside(model_card(report_of(state)), _stops(state))
     write_beside(Path(state.export.path), beside)
+    if state.cfg.logging.progress_bars:
+        progress.say(f"published {state.export.path}")
     if state.cfg.export.patch:
         make_patch(state, beside)
 
