@@ -48,7 +48,7 @@ def test_what_was_trained_is_what_llama_cpp_runs(
 ) -> None:
     cfg = settings(tiny_multimodal_folder, files, tmp_path)
     cfg.storage.kind, cfg.adapter.kind = case
-    cfg.train.max_steps = 2
+    cfg.train.max_steps, cfg.train.steps_learning_rate = 2, 1e-2
     cfg.guard.llama_cpp = case in GUARDED_IN_LLAMA_CPP
     cfg.evaluate.hold_weights = case[0] is Storage.nf4  # the other one reads back what is packed
     pipeline.run(cfg)

@@ -61,7 +61,7 @@ def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(
         newest = max(
             (tmp_path / "wandb").glob("offline-run-*"), key=lambda one: one.stat().st_ctime
         )
-        ids.append(newest.name.rpartition("-")[2])
+        ids.append(newest.name.split("-")[3])  # a number follows within the same second
     assert ids[0] == ids[1] != ids[2]
 
 
