@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from qatlora import pipeline
 from qatlora.config import DataKind, Effect, LatentSteps, RootConfig, Storage, Trained
 
 STAGES = [
@@ -65,3 +68,19 @@ def distill(base: Path, data: dict[str, Path], run_dir: Path, steps: str = "froz
     cfg.train.learning_rate, cfg.train.steps_learning_rate = 0.07, 1e-2
     cfg.guard.effect = Effect.teacher_kld
     return cfg
+
+
+def run_killed(cfg: RootConfig, after_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until this optimizer step is done, and die before it is logged, scored or saved."""
+
+    class Killed(BaseException):
+        """Ends a run as a kill does, but for this process."""
+
+    def dies(self, args, state, control, **_) -> None:
+        if state.global_step == after_step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qatlora.train.logs.StepLog.on_step_end", dies)
+        with pytest.raises(Killed):
+            pipeline.run(cfg)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from pipeline_cases import DISTILL_STAGES, STAGES, distill, settings
+from pipeline_cases import DISTILL_STAGES, STAGES, distill, run_killed, settings
 from safetensors.torch import load_file
 
 from qatlora import pipeline
@@ -95,19 +95,9 @@ def test_a_resumed_run_keeps_the_points_before_its_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Killed(Exception):
-        pass
-
-    def dies_after_five(self, args, state, control, **_) -> None:
-        if state.global_step == 5:
-            raise Killed
-
     cfg = course(distill(tiny_gemma3_folder, files, tmp_path), DISTILL_STAGES, 2)
     cfg.train.save_steps = 3
-    with monkeypatch.context() as patch:
-        patch.setattr("qatlora.train.logs.StepLog.on_step_end", dies_after_five)
-        with pytest.raises(Killed):
-            pipeline.run(cfg)
+    run_killed(cfg, 5, monkeypatch)
     log = tmp_path / "eval_log.jsonl"
     assert json.loads(log.read_text("utf-8").splitlines()[-1])["step"] == 4  # after checkpoint-3
     log.open("a").write('{"step": 5, "te')

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from pipeline_cases import DISTILL_STAGES, distill, settings
+from pipeline_cases import DISTILL_STAGES, distill, run_killed, settings
 
 from qatlora import pipeline
 from qatlora.config import (
@@ -116,13 +116,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Killed(Exception):
-        pass
-
-    def dies_after_three(self, args, state, control, **_) -> None:
-        if state.global_step == 3:
-            raise Killed
-
     runs = {}
     for name in ("whole", "killed"):
         runs[name] = distill(tiny_gemma3_folder, files, tmp_path / name, steps)
@@ -130,10 +123,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         runs[name].train.optimizer = Optimizer[optimizer]
         runs[name].stages = [*DISTILL_STAGES[: DISTILL_STAGES.index("train") + 1], "save_base"]
     expected = pipeline.run(runs["whole"])
-    with monkeypatch.context() as patch:
-        patch.setattr("qatlora.train.run.StepLog.on_step_end", dies_after_three)
-        with pytest.raises(Killed):
-            pipeline.run(runs["killed"])
+    run_killed(runs["killed"], 3, monkeypatch)
     # A checkpoint that the kill cut off while it was written is passed over.
     (tmp_path / "killed" / "checkpoints" / "checkpoint-3").mkdir()
     runs["killed"].train.resume = True

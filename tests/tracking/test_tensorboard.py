@@ -4,22 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from pipeline_cases import STAGES, settings, write_data
+from pipeline_cases import STAGES, run_killed, settings, write_data
 
 from qatlora import pipeline
 from qatlora.config import LoggingConfig, ReportTo
 from qatlora.errors import ConfigError
 from qatlora.tracking import require_tracker
-
-
-class Died(BaseException):
-    """Ends a run as a kill does, but for this process."""
-
-
-def die_after_three(self, args, state, control, **_) -> None:
-    if state.global_step == 4:  # three are logged, the checkpoint is of two
-        raise Died
-
 
 INSTALLED = importlib.util.find_spec("tensorboard") is not None
 
@@ -34,10 +24,7 @@ def test_the_event_files_of_a_resumed_run_hold_each_step_once_and_tables_and_plo
     cfg = settings(tiny_gemma3_folder, write_data(tmp_path), tmp_path / "run")
     cfg.stages = [*STAGES[: STAGES.index("train") + 1], "evaluate_trained", "report"]
     cfg.logging.report_to = ReportTo.tensorboard
-    with monkeypatch.context() as patch:
-        patch.setattr("qatlora.train.run.StepLog.on_step_end", die_after_three)
-        with pytest.raises(Died):
-            pipeline.run(cfg)
+    run_killed(cfg, 4, monkeypatch)  # three are logged, the checkpoint is of two
     cfg.train.resume = True
     report = pipeline.run(cfg)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
