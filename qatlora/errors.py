@@ -88,6 +88,11 @@ class Interrupted(KeyboardInterrupt):
         """What a shell reports of a process that signal `number` ended."""
 
 
+def first_line(problem: BaseException) -> str:
+    """What another library's exception says, for a message of ours; else its class."""
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
 def closest(word: str, choices: Iterable[str]) -> str:
     """Sentence part that lists `choices` and, where one is near `word`, proposes it."""
     choices = sorted(choices)

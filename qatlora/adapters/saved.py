@@ -21,7 +21,7 @@ from qatlora import files
 from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.adapters.deployed import AdapterRule
 from qatlora.base.load import LoadedBase
-from qatlora.errors import AdapterError
+from qatlora.errors import AdapterError, first_line
 from qatlora.grid import GRID_VERSION
 
 PEFT_TYPE = "QATLORA"
@@ -178,7 +178,7 @@ def load_adapter(base: LoadedBase, folder: Path) -> tuple[AdaptedModel, AdapterI
         result: Any = set_peft_model_state_dict(adapted.model, state)
     except (SafetensorError, RuntimeError, OSError) as problem:
         raise AdapterError(
-            f"{path} cannot be loaded ({str(problem).splitlines()[0]}). It is damaged or belongs "
+            f"{path} cannot be loaded ({first_line(problem)}). It is damaged or belongs "
             "to another adapter: use the folder as the run wrote it."
         ) from None
     missing = [name for name in result.missing_keys if "lora_" in name]

@@ -30,7 +30,7 @@ from qatlora.base.record import is_packed
 from qatlora.base.source import Source, read_source
 from qatlora.base.streamed import model_without
 from qatlora.config import StorageConfig
-from qatlora.errors import CheckpointError
+from qatlora.errors import CheckpointError, first_line
 
 OnLayer = Callable[[int], None]
 
@@ -152,7 +152,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as problem:  # transformers raises many classes for one cause
         raise CheckpointError(
             f"{folder} has no tokenizer that transformers can load ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Copy tokenizer.json and tokenizer_config.json of "
+            f"{first_line(problem)}). Copy tokenizer.json and tokenizer_config.json of "
             "the original model into it."
         ) from problem
 
@@ -244,7 +244,7 @@ def _from_pretrained(folder: Path, device: torch.device, **options: object) -> P
     except Exception as problem:  # transformers raises many classes for one cause
         raise CheckpointError(
             f"transformers could not load {folder} ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Check that the folder is whole and that its "
+            f"{first_line(problem)}). Check that the folder is whole and that its "
             "architecture is supported by the installed transformers."
         ) from problem
     require_all_found(folder, found["missing_keys"])

@@ -19,7 +19,7 @@ from qatlora.base.names import model_name
 from qatlora.base.record import STEPS_FILE, GridRecord, check_tensors, read_record
 from qatlora.base.unpack import embedded_base, unpack_gguf
 from qatlora.config import BaseConfig
-from qatlora.errors import CheckpointError
+from qatlora.errors import CheckpointError, first_line
 from qatlora.paths import cache_folder
 
 _NF4_SUFFIX = ".weight.quant_state.bitsandbytes__nf4"
@@ -212,7 +212,7 @@ def _from_hub(hub_id: str) -> Path:
     except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
         raise CheckpointError(
             f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Where there is a network, accept the model's terms "
+            f"{first_line(problem)}). Where there is a network, accept the model's terms "
             "and log in with 'hf auth login'; else download it elsewhere and give base.path=FOLDER."
         ) from problem
 

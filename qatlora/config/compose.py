@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qatlora.config.run import BaseConfig
 from qatlora.config.schema import RootConfig
-from qatlora.errors import ConfigError
+from qatlora.errors import ConfigError, first_line
 from qatlora.paths import shipped, user_path
 
 
@@ -25,7 +25,7 @@ def to_dataclasses(cfg: DictConfig) -> RootConfig:
     try:
         root = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{error.full_key}: {reason}. Set {error.full_key}=VALUE.") from error
     if not isinstance(root, RootConfig):
         raise TypeError(f"composed from {type(root).__name__}, not from RootConfig")

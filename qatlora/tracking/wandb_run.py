@@ -9,6 +9,7 @@ from typing import Any
 import wandb
 
 from qatlora import files, progress
+from qatlora.errors import first_line
 from qatlora.report.results import RunReport, TrainPoint
 from qatlora.report.results_curve import CurvePoint
 from qatlora.tracking.figures import (
@@ -75,7 +76,7 @@ def _begin(run_dir: Path, options: dict[str, Any]) -> wandb.Run:
         try:
             return wandb.init(mode="online", settings=_settings(), **options)
         except wandb.Error as problem:
-            reason = str(problem).splitlines()[0]
+            reason = first_line(problem)
     mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
     progress.say(
         f"wandb: {mode} ({reason}); `wandb sync {run_dir}/wandb/offline-run-*` sends it later."

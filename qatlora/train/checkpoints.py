@@ -48,6 +48,9 @@ def begin(run_dir: Path, *, resume: bool) -> Path | None:
     for pattern in (".partial", ".checkpoint-*", *([] if last else ["checkpoint-*"])):
         for path in (run_dir / CHECKPOINTS).glob(pattern):
             shutil.rmtree(path)
+    if last is None:
+        for log in run_dir.glob("*_log.jsonl"):
+            log.unlink()
     return last
 
 

@@ -41,10 +41,8 @@ class PointFile(Generic[P]):
         self._kind = kind
 
     def begin(self, step: int) -> None:
-        """At step 0 start anew; later take over the lines up to the step and drop the others."""
-        if not step:
-            self._path.unlink(missing_ok=True)
-        elif self._path.is_file():
+        """Take over the lines up to the step and drop the others."""
+        if self._path.is_file():
             written = self._path.read_text("utf-8").splitlines(keepends=True)
             lines = [json.loads(line) for line in written if line.endswith("\n")]  # a kill cuts one
             self.points = [self._kind(**x) for x in lines if x["step"] <= step]

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from qatlora.base.load import load_plain
 from qatlora.base.source import Source
-from qatlora.errors import AdapterError
+from qatlora.errors import AdapterError, first_line
 from qatlora.export.folders import copy_side_files
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,7 +72,7 @@ def merge_lora(source: Source, adapter: Path, target: Path) -> None:
     except Exception as problem:  # peft raises many classes for one cause
         raise AdapterError(
             f"PEFT cannot put {adapter} on {source.folder} ({type(problem).__name__}: "
-            f"{str(problem).splitlines()[0]}). Give base.path of the checkpoint that it was "
+            f"{first_line(problem)}). Give base.path of the checkpoint that it was "
             "trained on."
         ) from problem
     merged.to(torch.bfloat16).save_pretrained(target)

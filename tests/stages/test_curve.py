@@ -110,6 +110,21 @@ def test_a_resumed_run_keeps_the_points_before_its_checkpoint(
     assert lines == resumed.train.curve
 
 
+def test_a_run_begun_anew_keeps_no_line_of_the_killed_one(
+    tiny_gemma3_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = course(distill(tiny_gemma3_folder, files, tmp_path), DISTILL_STAGES, 2)
+    run_killed(cfg, 2, monkeypatch)  # before its first checkpoint
+    assert (tmp_path / "eval_log.jsonl").is_file()
+    cfg.train.eval_steps, cfg.train.resume = 0, True
+    pipeline.run(cfg)
+    assert not (tmp_path / "eval_log.jsonl").exists()
+    assert len((tmp_path / "train_log.jsonl").read_text("utf-8").splitlines()) == 5
+
+
 def test_adapters_without_a_teacher_have_a_curve_of_perplexity(
     tiny_llama_folder: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
