@@ -82,6 +82,7 @@ def planned_job(cfg: RootConfig, on_host: bool = False) -> Job:
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
+        scores_in_training=cfg.train.eval_steps > 0,
         on_host=on_host,
     )
 

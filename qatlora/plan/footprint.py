@@ -2,7 +2,8 @@
 
     load      base + the largest weight while it is read, or the teacher
     train     base + adapter, gradients, moments + kept activations + a chunk of the loss
-    evaluate  base + decoded weights, if they are held + the teacher until training is over
+    evaluate  base + decoded weights, if they are held + the teacher until training is over,
+              + the moments, where text is scored between the steps
     export    base + the model read back from the candidate + the teacher's head
 
 All figures are bytes on the device; on a CPU that is host memory, to which the imported libraries
@@ -50,6 +51,7 @@ class Job:
         teacher: none, cache, self or memory.
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
+        scores_in_training: whether held-out text is scored between its steps.
         on_host: whether the device is the host itself. The base then stays there beside the model
             that is read back, where it would else have moved away for it, and a head that outlives
             its model is a copy.
@@ -67,6 +69,7 @@ class Job:
     teacher: str = "none"
     holds_weights: bool = True
     trains: bool = True
+    scores_in_training: bool = False
     on_host: bool = False
 
 
@@ -82,6 +85,7 @@ class Footprint:
         adapter: trainable parameters.
         gradients: theirs.
         optimizer: two moments of AdamW.
+        optimizer_beside: of them, what is there while text is scored.
         activations: kept for the backward pass by one micro-batch, and one layer's gradients.
         blocks: deployed blocks kept for it.
         loss: logits of a chunk, and gradients of the hidden states.
@@ -102,6 +106,7 @@ class Footprint:
     adapter: float
     gradients: float
     optimizer: float
+    optimizer_beside: float
     activations: float
     blocks: float
     loss: float
@@ -138,8 +143,9 @@ class Footprint:
 
     @property
     def evaluate(self) -> float:
-        """Peak of an evaluation before training."""
-        return self.attached + self.adapter + self._taught_by + self.held + self.workspace
+        """Peak of an evaluation: before training, or between its steps."""
+        trained = self.adapter + self.optimizer_beside
+        return self.attached + trained + self._taught_by + self.held + self.workspace
 
     @property
     def export(self) -> float:
@@ -192,7 +198,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     )
     if job.trains:
         return result
-    course = ("gradients", "optimizer", "activations", "blocks", "loss")
+    course = ("gradients", "optimizer", "optimizer_beside", "activations", "blocks", "loss")
     return dataclasses.replace(result, **dict.fromkeys(course, 0.0))
 
 
@@ -209,7 +215,13 @@ def _course(shape: ModelShape, job: Job) -> dict[str, float]:
     else:
         trained = shape.adapter_parameters(job.adapter, job.rank, job.steps_rank)
     one = trained * (FP32_BYTES if job.adapter else LATENT_BYTES[job.latent])
-    return {"adapter": one, "gradients": one, "optimizer": trained * MOMENTS_BYTES[job.optimizer]}
+    moments = trained * MOMENTS_BYTES[job.optimizer]
+    return {
+        "adapter": one,
+        "gradients": one,
+        "optimizer": moments,
+        "optimizer_beside": moments if job.scores_in_training else 0.0,
+    }
 
 
 def _block_bytes(shape: ModelShape, job: Job) -> float:

@@ -146,6 +146,15 @@ def test_a_cached_teacher_leaves_its_head_in_memory_and_one_in_a_model_counts_on
     assert cached.load == own.load
 
 
+def test_the_moments_lie_beside_scores_only_between_the_steps(shape: ModelShape):
+    before = footprint(shape, LEAN)
+    between = footprint(shape, dataclasses.replace(LEAN, scores_in_training=True))
+    assert between.evaluate == before.evaluate + before.optimizer
+    assert between.train == before.train
+    finished = dataclasses.replace(LEAN, scores_in_training=True, trains=False)
+    assert footprint(shape, finished).evaluate == before.evaluate
+
+
 def test_a_larger_card_takes_longer_rows_and_the_next_length_does_not_fit(shape: ModelShape):
     lengths = [256 * 2**i for i in range(8)]
     longest = [longest_row(shape, LEAN, size, lengths) or 0 for size in (8, 12, 16, 24, 48)]
