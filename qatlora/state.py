@@ -33,11 +33,9 @@ from qatlora.report.json_report import plain
 from qatlora.report.results import (
     AdapterResult,
     BaseResult,
-    BenchmarkResult,
     CheckpointResult,
     ExportResult,
     GuardResult,
-    InspectResult,
     LatentsResult,
     LayerChange,
     RunReport,
@@ -45,10 +43,12 @@ from qatlora.report.results import (
     StageTime,
     TrainResult,
 )
+from qatlora.report.results_benchmark import BenchmarkResult
 from qatlora.report.results_build import BuildResult
 from qatlora.report.results_cache import CacheResult
 from qatlora.report.results_curve import CurveLevel
 from qatlora.report.results_fidelity import FidelityResult
+from qatlora.report.results_inspect import InspectResult
 from qatlora.report.results_patch import PatchResult
 from qatlora.report.results_plan import PlanResult
 from qatlora.report.results_preview import PreviewResult

@@ -17,7 +17,7 @@ from qatlora.base.source import Source
 from qatlora.errors import CheckpointError
 from qatlora.grid import detect
 from qatlora.inspection.tensors import OnTensor, finite, naming, refuse_builds, row_parts
-from qatlora.report.results import Comparison, TensorEdit
+from qatlora.report.results_inspect import Comparison, TensorEdit
 
 
 @dataclass

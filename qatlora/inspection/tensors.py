@@ -19,7 +19,7 @@ from qatlora.base.names import weight_key
 from qatlora.base.source import Source
 from qatlora.errors import CheckpointError, GridError
 from qatlora.grid import BLOCK_SIZE, Q4Blocks, decode, encode_reference, recover
-from qatlora.report.results import InspectResult, TensorInspection
+from qatlora.report.results_inspect import InspectResult, TensorInspection
 
 # A tensor is handled in parts of whole rows: large enough for several threads, and small enough
 # that the allocator hands out the same few buffers again instead of fresh pages.

@@ -23,7 +23,8 @@ from qatlora.report.preview_text import (
     highlighted,
     length_rows,
 )
-from qatlora.report.results import GuardResult, InspectResult, RunReport
+from qatlora.report.results import GuardResult, RunReport
+from qatlora.report.results_inspect import InspectResult
 from qatlora.report.results_preview import PreviewResult
 from qatlora.report.results_runtime import RuntimeResult
 from qatlora.report.runtime_text import RUNTIME_HEADER, runtime_rows

@@ -18,7 +18,7 @@ from qatlora.report.axes import (
     whole_numbers,
 )
 from qatlora.report.changes import layer_and_kind, ordered_kinds
-from qatlora.report.results import InspectResult, TensorInspection
+from qatlora.report.results_inspect import InspectResult, TensorInspection
 
 INSPECT_PLOT = "inspect.png"
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from qatlora.report.changes import layer_and_kind, ordered_kinds
 from qatlora.report.escape import inline, table
 from qatlora.report.formatting import MISSING, format_count, format_figure, format_share
-from qatlora.report.results import Comparison, InspectResult, TensorEdit, TensorInspection
+from qatlora.report.results_inspect import Comparison, InspectResult, TensorEdit, TensorInspection
 
 KIND_HEADER = ("kind", "tensors", "on grid", "peak level", "llama.cpp error", "our error")
 _TENSOR_HEADER = ("tensor", "blocks", "on grid", "peak level", "llama.cpp error", "our error")

@@ -19,7 +19,7 @@ from qatlora.base.source import Source
 from qatlora.export.plain_gguf import write_plain_gguf
 from qatlora.grid import BLOCK_SIZE
 from qatlora.llamacpp.tools import convert_types, find_tool
-from qatlora.report.results import InspectResult
+from qatlora.report.results_inspect import InspectResult
 from qatlora.report.results_validate import BY_GRID, BY_LLAMA_CPP, TypeDamage
 
 _BY_LLAMA_QUANTIZE = ("Q4_K_M", "Q6_K")

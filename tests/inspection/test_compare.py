@@ -16,7 +16,7 @@ from qatlora.base.source import Source, find_source
 from qatlora.config import BaseConfig
 from qatlora.errors import CheckpointError, GridError
 from qatlora.inspection.compare import compare_checkpoints, compare_tensors, require_comparable
-from qatlora.report.results import Comparison
+from qatlora.report.results_inspect import Comparison
 
 CPU = torch.device("cpu")
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
