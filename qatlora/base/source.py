@@ -183,7 +183,7 @@ def _folder_of(settings: BaseConfig, chat_template: str | None) -> Path:
         if settings.embedded:
             return embedded_base(settings.embedded, chat_template)
         if settings.hub_id:
-            return _from_hub(settings.hub_id)
+            return _from_hub(settings.hub_id, ["*"])
         raise CheckpointError(
             "No base was given: set base=NAME (a file of conf/base), base.path=DIR or base.hub_id."
         )
@@ -202,13 +202,21 @@ def _folder_of(settings: BaseConfig, chat_template: str | None) -> Path:
     )
 
 
-def _from_hub(hub_id: str) -> Path:
+def hub_config(hub_id: str) -> Path:
+    """A folder with the config.json of a model on the hub; its weights stay there.
+
+    Raises:
+        CheckpointError: there is no such model, or no network.
+    """
+    return _from_hub(hub_id, ["config.json"])
+
+
+def _from_hub(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    others = ["*.bin", "*.pt", "*.gguf", "original/*"]
     try:
-        return Path(
-            snapshot_download(hub_id, ignore_patterns=["*.bin", "*.pt", "*.gguf", "original/*"])
-        )
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=others))
     except Exception as problem:  # the client raises a dozen classes; all mean "not to be had"
         raise CheckpointError(
             f"'{hub_id}' could not be fetched from the hub ({type(problem).__name__}: "

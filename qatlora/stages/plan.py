@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from transformers import PreTrainedConfig
+
 from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.layout import find_layout, plain_config
 from qatlora.base.names import weight_key
 from qatlora.base.published import published_config
-from qatlora.base.source import Source, find_source
+from qatlora.base.source import Source, find_source, hub_config
 from qatlora.base.stores import Q4_0_BITS
 from qatlora.base.teacher import has_bf16_values
 from qatlora.config import (
@@ -37,10 +39,7 @@ _PEAKS = ("load", "train", "evaluate", "export")
 def plan(state: Run) -> None:
     """Count the base, lay its memory out by part, and look for settings that fit."""
     cfg = state.cfg
-    # Of a shipped architecture no checkpoint is looked at, and of a folder one weight.
-    published = cfg.base.architecture if cfg.base.path is None else None
-    source = None if published else find_source(cfg.base)
-    config = plain_config(source.folder) if source else published_config(published)
+    config, source = _find_config(cfg.base)
     shape = model_shape(config, cfg.base.trained)
     job = dataclasses.replace(planned_job(cfg), trains=True)
     state.plan = PlanResult(
@@ -55,6 +54,19 @@ def plan(state: Run) -> None:
         recommended=_recommended(cfg, shape, job, _allowed(cfg, source)),
     )
     state.base_result = BaseResult(str(cfg.base.name), None, shape.num_parameters, None, None)
+
+
+def _find_config(base: BaseConfig) -> tuple[PreTrainedConfig, Source | None]:
+    """The architecture; and the checkpoint, if it is at hand, to look at one of its weights.
+
+    Of a model on the hub config.json is fetched alone: what it weighs is what is asked.
+    """
+    if base.path is None and base.architecture is not None:
+        return published_config(base.architecture), None
+    if base.path is None and base.hub_id is not None:
+        return plain_config(hub_config(base.hub_id)), None
+    source = find_source(base)
+    return plain_config(source.folder), source
 
 
 def _planned(shape: ModelShape, job: Job) -> PlannedStorage:

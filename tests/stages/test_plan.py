@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,27 @@ def test_a_folder_is_planned_by_its_config(tiny_multimodal_folder: Path, tmp_pat
         f"python -m qatlora recipe=chat_sft base.path={tiny_multimodal_folder}"
     )
     assert command.endswith(" teacher=bf16")
+
+
+def test_of_a_model_on_the_hub_the_configuration_alone_is_fetched(
+    tiny_multimodal_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert hub_id == "org/model"
+        fetched = tmp_path / "snapshot"
+        fetched.mkdir()
+        for pattern in allow_patterns:
+            for path in tiny_multimodal_folder.glob(pattern):
+                shutil.copy(path, fetched)
+        assert [path.name for path in fetched.iterdir()] == ["config.json"]
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    report = planned(tmp_path / "run", hub_id="org/model", holds=Holds.on_grid)
+    (command,) = report["plan"]["recommended"]["commands"]
+    assert command.startswith("python -m qatlora recipe=chat_sft base.hub_id=org/model")
+    by_folder = planned(tmp_path / "folder", path=str(tiny_multimodal_folder))
+    assert report["base"]["parameters"] == by_folder["base"]["parameters"]
 
 
 @pytest.mark.parametrize(
