@@ -84,6 +84,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_code = 128 + number
         """What a shell reports of a process that signal `number` ended."""
 

@@ -18,8 +18,10 @@ from qatlora.benchmark.methods import METHODS
 from qatlora.benchmark.plain_peft import PlainPeft
 from qatlora.config import BenchmarkMethod, LoggingConfig, TeacherConfig, TeacherKind, TrainConfig
 from qatlora.data.rows import Batches
+from qatlora.errors import Interrupted
 from qatlora.evaluate.models import Evaluation
 from qatlora.grid import Q4Blocks
+from qatlora.interrupts import interrupt
 from qatlora.report.results_benchmark import Losses, MethodRun
 from qatlora.train.objective import build_objective
 from qatlora.train.run import train
@@ -73,6 +75,7 @@ def run_trial(trial: Trial, bench: Bench, batches: Batches) -> MethodRun:
 
     Raises:
         TrainError: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM; finished trials are kept.
         ToolError, ExportError: llama.cpp failed on a merged model.
     """
     adapted = build(METHODS[trial.method], bench.ground, trial.seed)
@@ -97,6 +100,8 @@ def run_trial(trial: Trial, bench: Bench, batches: Batches) -> MethodRun:
             bf16=bench.ground.compute_dtype == torch.bfloat16,
             on_step=lambda _: None,
         )
+    except Interrupted as stopped:
+        interrupt(stopped.number)  # the checkpoint that it names goes with the scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     unmerged, deployed, blocks = _measure(adapted, bench)

@@ -56,7 +56,7 @@ class BaseConfig:
     architecture: str | None = None
     """Shipped configuration of a published checkpoint, which recipe=plan counts without it."""
     holds: Holds = Holds.bf16
-    """What a checkpoint that is not at hand is reported to hold, which recipe=plan takes for granted:
+    """What a checkpoint that is not at hand is said to hold, which recipe=plan takes for granted:
     bf16, on_grid (bf16 values on a Q4_0 grid) or nf4."""
     chat_template: str | None = None
     """Name of a shipped template or a Jinja file; null: the checkpoint's own."""

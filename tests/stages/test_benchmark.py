@@ -1,16 +1,20 @@
 """The recipe benchmark from preflight to report on a tiny model, and its resumption."""
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from sample_text import sentences
 
 from qatlora import pipeline
+from qatlora.benchmark import trial
 from qatlora.config import BenchmarkMethod, BenchmarkSuite, RootConfig
-from qatlora.errors import ConfigError
+from qatlora.errors import ConfigError, Interrupted
 from qatlora.report.json_report import load_schema
+from qatlora.train.interruption import Interruption
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +93,33 @@ def test_the_suite_adapters_reports_shares_and_resumes_trial_by_trial(
     again = report_of(tmp_path)["benchmark"]["adapters"]
     timeless = [{k: v for k, v in run.items() if k != "seconds"} for run in again["runs"]]
     assert timeless == [{k: v for k, v in run.items() if k != "seconds"} for run in first["runs"]]
+
+
+def test_a_signal_stops_the_suite_and_finished_trials_stay(
+    tiny_llama_folder: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = settings(tiny_llama_folder, texts, tmp_path, "adapters")
+    cfg.benchmark.methods = [BenchmarkMethod.steps_q4_0]
+    build, trials = trial.build, []
+
+    def build_and_terminate(*args: Any) -> Any:
+        trials.append(args)
+        if len(trials) == 2:
+            monkeypatch.setattr(Interruption, "on_step_begin", terminate, raising=False)
+        return build(*args)
+
+    monkeypatch.setattr(trial, "build", build_and_terminate)
+    with pytest.raises(Interrupted, match="Ended by SIGTERM; what was written before") as ended:
+        pipeline.run(cfg)
+    assert "qatlora-trial" not in str(ended.value)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def terminate(*_: Any, **__: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)
 
 
 def test_without_llama_cpps_tools_the_merge_is_skipped_with_a_line(
