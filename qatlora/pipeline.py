@@ -27,7 +27,7 @@ from qatlora.adapters.deployed import AdapterRule, LatentRule
 from qatlora.adapters.latents import attach_latents
 from qatlora.adapters.saved import load_adapter, save_adapter
 from qatlora.base.load import load_base
-from qatlora.base.others import deploy_others
+from qatlora.base.others import deploy_others, others_to
 from qatlora.config import Latent, RootConfig, Trained
 from qatlora.data.load import load_data
 from qatlora.data.templates import training_template
@@ -111,6 +111,7 @@ def _load_data(state: Run) -> None:
     settings = ScoreSettings(
         chunk_tokens=cfg.evaluate.tokens_per_chunk,
         compute_dtype=dtype_of(cfg.evaluate.logits_precision),
+        autocast=state.dtype == torch.bfloat16,
     )
     state.evaluation = Evaluation(state.batches.texts, settings)
     open_cache(state)
@@ -122,6 +123,7 @@ def _load_base(state: Run) -> None:
         state.base = load_base(
             state.source, state.layout, cfg.storage, state.device, state.tokenizer, advance
         )
+    others_to(state.base.model, state.dtype)
     deploy_others(state.base.model, state.base.grid, cfg.export.other_type.name)
     load_teacher(state)
 

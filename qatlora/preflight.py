@@ -82,9 +82,14 @@ def planned_job(cfg: RootConfig, on_host: bool = False) -> Job:
         teacher=_TEACHERS[cfg.teacher.kind],
         holds_weights=cfg.evaluate.hold_weights,
         trains="train" in cfg.stages,
+        value_bytes=_value_bytes(cfg.train.precision),
         scores_in_training=cfg.train.eval_steps > 0,
         on_host=on_host,
     )
+
+
+def _value_bytes(precision: Precision) -> int:
+    return FP32_BYTES if precision is Precision.fp32 else BF16_BYTES
 
 
 def estimate(cfg: RootConfig, source: Source, layout: Layout, device: torch.device) -> Needs:
@@ -167,7 +172,7 @@ def estimate_fidelity(
 ) -> Needs:
     """One model at a time, a reference's head and states; on disk its logits for llama.cpp."""
     settings = cfg.fidelity
-    value_bytes = FP32_BYTES if settings.precision is Precision.fp32 else BF16_BYTES
+    value_bytes = _value_bytes(settings.precision)
     num_tokens = len(settings.texts) * settings.tokens_per_text
     head_weights = source.num_head_weights
     states = num_tokens * int(source.text_config["hidden_size"]) * value_bytes

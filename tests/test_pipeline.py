@@ -5,10 +5,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from pipeline_cases import STAGES, settings
 
 from qatlora import pipeline
-from qatlora.config import AdapterKind, Rounding, Storage, TeacherKind
+from qatlora.base.linear import compute_dtype
+from qatlora.config import AdapterKind, Precision, Rounding, Storage, TeacherKind
 from qatlora.errors import AdapterError, GuardFailed
 from qatlora.report.json_report import load_schema
 
@@ -45,6 +47,37 @@ def test_what_was_trained_is_what_is_published(
     assert report["export"]["tensor_types"]["Q4_0"] == 14
     assert not (tmp_path / ".candidate").exists()
     assert "tiny" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("logits", list(Precision))
+def test_in_fp32_every_product_of_the_student_is_in_fp32(
+    logits: Precision,
+    held: bool,
+    tiny_gemma3_folder: Path,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = set()
+
+    def recorded(x: torch.Tensor) -> torch.dtype:
+        seen.add(compute_dtype(x))
+        return compute_dtype(x)
+
+    monkeypatch.setattr("qatlora.adapters.layer.compute_dtype", recorded)
+    cfg = settings(tiny_gemma3_folder, files, tmp_path)
+    cfg.storage.kind, cfg.adapter.kind = Storage.q4_0, AdapterKind.both
+    cfg.train.precision, cfg.evaluate.logits_precision = Precision.fp32, logits
+    cfg.evaluate.hold_weights = held
+    report = pipeline.run(cfg)
+    assert seen == {torch.float32}
+    assert report.guard is not None
+    gates = {gate.name: gate for gate in report.guard.gates}
+    assert gates["identity"].value == 0
+    assert gates["self_kld"].value == 0
+    assert gates["before_after_kld_mean"].value == 0
 
 
 @pytest.mark.llama_cpp

@@ -19,6 +19,17 @@ _ROWS = 4096
 _ROUTER = ".router.proj"
 
 
+def others_to(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let all parameters of a base be `dtype`, in place; codes and steps, which are none, stay.
+
+    The forward takes its arithmetic from the embeddings wherever autocast is off. Before
+    `deploy_others`: a float32 base then has the embeddings' exact values, as a file read back has.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 @torch.no_grad()
 def deploy_others(model: PreTrainedModel, grid: Collection[str], other_type: str) -> None:
     """Round every matrix of the text decoder outside of `grid`, and lm_head, in place.

@@ -7,7 +7,7 @@ import torch
 from qatlora.adapters.attach import AdaptedModel, attach
 from qatlora.base.layout import Layout
 from qatlora.base.load import load_base, load_nf4, load_plain, load_tokenizer
-from qatlora.base.others import deploy_others
+from qatlora.base.others import deploy_others, others_to
 from qatlora.base.source import Source
 from qatlora.benchmark.methods import Method
 from qatlora.benchmark.plain_peft import PlainPeft, attach_plain
@@ -47,11 +47,13 @@ def build(method: Method, ground: Ground, seed: int) -> AdaptedModel | PlainPeft
     if method.kind is not None:
         storage = StorageConfig(kind=Storage[method.storage])
         base = load_base(source, layout, storage, device, tokenizer)
+        others_to(base.model, ground.compute_dtype)
         deploy_others(base.model, layout.grid, ground.other_type)
         return attach(base, method.rule(ground.adapter, seed))
     if method.storage == "nf4":
         model = load_nf4(source, layout, device)
     else:
         model = load_plain(source.folder, device, torch.bfloat16)
+    others_to(model, ground.compute_dtype)
     deploy_others(model, layout.grid, ground.other_type)
     return attach_plain(model, tokenizer, layout.trained, ground.adapter, seed)

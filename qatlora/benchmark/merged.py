@@ -60,7 +60,7 @@ def quantized_model(adapted: PlainPeft, ground: Ground) -> PreTrainedModel:
         write_plain_gguf(ground.source, ground.layout.tied, whole, change)
         quantize(whole, small, ground.other_type)
         config = AutoConfig.from_pretrained(ground.source.folder)
-        return model_from_gguf(small, config, torch.bfloat16).to(ground.device)
+        return model_from_gguf(small, config, ground.compute_dtype).to(ground.device)
 
 
 def _merged(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Dither(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of the matrix products; auto: bf16 where the device is faster with it."""
+    """Arithmetic of the matrix products; auto is bf16, which no device here is slower with."""
 
     auto = "auto"
     bf16 = "bf16"

@@ -220,7 +220,7 @@ class EvaluateConfig:
     """Length of a sample answer at most."""
     hold_weights: bool = True
     """Keep decoded weights over many forwards, and a dense model of the file that is read back:
-    two bytes per weight for less time. recipe=plan says where they fit."""
+    two bytes per weight (fp32: four) for less time. recipe=plan says where they fit."""
 
 
 @dataclass

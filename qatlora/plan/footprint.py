@@ -27,8 +27,8 @@ LATENT_BYTES = {"fp32": FP32_BYTES, "bf16": BF16_BYTES}
 MOMENTS_BYTES = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2 * (1 + FP32_BYTES / 256)}
 # While the largest weight is read: as it is stored in bf16, its int8 levels, and their codes.
 _READ_BYTES_PER_WEIGHT = BF16_BYTES + 1 + CODE_BITS["q4_0"] / 8
-# While the largest matrix is used: decoded to bf16, its int8 levels, and the gradient's tiles.
-_WORKSPACE_BYTES_PER_WEIGHT = BF16_BYTES + 1
+# While the largest matrix is used, its levels lie beside the decoded ones and the gradient's tiles.
+_LEVEL_BYTES = 1
 _NF4_VALUES_BYTES_PER_WEIGHT = BF16_BYTES  # before they become levels, NF4 is decoded itself
 _TILE_BYTES = 64e6
 _SCORED_BLOCK_BYTES = 32e6
@@ -51,6 +51,7 @@ class Job:
         teacher: none, cache, self or memory.
         holds_weights: whether evaluation keeps every decoded weight, and the guard a dense model.
         trains: whether there is a training stage.
+        value_bytes: of a value that lies on no grid, and of a decoded weight: 2 in bf16, 4 in fp32.
         scores_in_training: whether held-out text is scored between its steps.
         on_host: whether the device is the host itself. The base then stays there beside the model
             that is read back, where it would else have moved away for it, and a head that outlives
@@ -69,6 +70,7 @@ class Job:
     teacher: str = "none"
     holds_weights: bool = True
     trains: bool = True
+    value_bytes: int = BF16_BYTES
     scores_in_training: bool = False
     on_host: bool = False
 
@@ -80,7 +82,7 @@ class Footprint:
     Attributes:
         weights: codes of the Q4_0 list, without steps.
         steps: theirs.
-        others: embeddings, norms and towers, in bf16.
+        others: embeddings, norms and towers.
         replaced: of the weights, what latents take the place of; the blocks stay.
         adapter: trainable parameters.
         gradients: theirs.
@@ -170,27 +172,28 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
     coded = shape.nf4 if job.storage == "nf4" else shape.grid
     dense_in_memory = shape.num_grid_weights - num_weights(coded)  # Q4_0 in the GGUF alone
     weights = num_weights(coded) * CODE_BITS[job.storage] / 8 + dense_in_memory * BF16_BYTES
-    others = (shape.num_parameters - shape.num_grid_weights) * BF16_BYTES
-    per_weight = _WORKSPACE_BYTES_PER_WEIGHT
+    others = (shape.num_parameters - shape.num_grid_weights) * job.value_bytes
+    per_weight = job.value_bytes + _LEVEL_BYTES
     if job.storage == "nf4":
         per_weight += _NF4_VALUES_BYTES_PER_WEIGHT
     workspace = max(map(_area, shape.grid)) * per_weight + _TILE_BYTES
     one_layer = max(shape.kept.layers)  # its gradients, while the backward pass is in it
-    dense_text = shape.num_text_parameters * BF16_BYTES
-    packed_text = dense_text - shape.num_grid_weights * (BF16_BYTES - Q4_0_BITS / 8)
+    dense_text = shape.num_text_parameters * job.value_bytes
+    packed_text = dense_text - shape.num_grid_weights * (job.value_bytes - Q4_0_BITS / 8)
+    kept_per_token = shape.kept.total(checkpointing=job.checkpointing) + one_layer  # in bf16
     result = Footprint(
         weights=weights,
         steps=shape.num_grid_weights * STEP_BITS / 8,
         others=others,
         replaced=_replaced_bytes(shape, job),
         **_course(shape, job),
-        activations=job.tokens * (shape.kept.total(checkpointing=job.checkpointing) + one_layer),
+        activations=job.tokens * kept_per_token * job.value_bytes / BF16_BYTES,
         blocks=_block_bytes(shape, job),
         loss=_loss_bytes(shape, job),
         teacher=shape.num_parameters * BF16_BYTES if job.teacher == "memory" else 0.0,
-        head=shape.num_head_weights * BF16_BYTES if job.teacher != "none" else 0.0,
+        head=shape.num_head_weights * job.value_bytes if job.teacher != "none" else 0.0,
         workspace=workspace,
-        held=shape.num_grid_weights * BF16_BYTES if job.holds_weights else 0.0,
+        held=shape.num_grid_weights * job.value_bytes if job.holds_weights else 0.0,
         read_back=dense_text if job.holds_weights else packed_text,
         reading=shape.max_grid_weights * _READ_BYTES_PER_WEIGHT,
         base_stays=job.holds_weights or job.on_host,
@@ -235,8 +238,8 @@ def _block_bytes(shape: ModelShape, job: Job) -> float:
 def _loss_bytes(shape: ModelShape, job: Job) -> float:
     """Logits of a chunk in bf16, the teacher's beside them, and the states with their gradient."""
     models = 1 if job.teacher == "none" else 2
-    logits = models * LossSettings().chunk_tokens * shape.vocab_size * BF16_BYTES
-    states = (1 + models) * job.tokens * shape.hidden_size * BF16_BYTES
+    logits = models * LossSettings().chunk_tokens * shape.vocab_size * job.value_bytes
+    states = (1 + models) * job.tokens * shape.hidden_size * job.value_bytes
     return logits + states + _SCORED_BLOCK_BYTES
 
 

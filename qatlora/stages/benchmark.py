@@ -5,13 +5,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+import torch
+
 from qatlora import progress
 from qatlora.base.grids import ON_GRID_SHARE
 from qatlora.base.layout import find_layout
 from qatlora.base.load import load_base, load_tokenizer
 from qatlora.base.names import is_stack
 from qatlora.base.on_grid import on_grid_share, rounded_folder
-from qatlora.base.others import deploy_others
+from qatlora.base.others import deploy_others, others_to
 from qatlora.base.source import find_source
 from qatlora.benchmark.adapters import Records, most_trials, run_all, summarize
 from qatlora.benchmark.build import Ground
@@ -143,18 +145,22 @@ def _bench(state: Run, ground: Ground, batches: Batches) -> tuple[Bench, Losses,
     """The base itself: its blocks, its states as the teacher, its losses, its digest."""
     storage = StorageConfig(kind=Storage.q4_0)
     base = load_base(ground.source, ground.layout, storage, ground.device, state.tokenizer)
+    others_to(base.model, state.dtype)
     deploy_others(base.model, base.grid, ground.other_type)
-    precision = dtype_of(state.cfg.evaluate.logits_precision)
-    evaluation = Evaluation(batches.texts, ScoreSettings(compute_dtype=precision))
+    settings = ScoreSettings(
+        compute_dtype=dtype_of(state.cfg.evaluate.logits_precision),
+        autocast=state.dtype == torch.bfloat16,
+    )
+    evaluation = Evaluation(batches.texts, settings)
     with state.bar("base's states", evaluation.num_tokens, "tokens") as advance:
         evaluation.measure("base", base.model, advance, keep=True)
     evaluation.teacher = evaluation.states.pop("base")
-    settings = state.cfg.benchmark
+    suite = state.cfg.benchmark
     train = dataclasses.replace(
         state.cfg.train,
-        max_steps=settings.max_steps,
-        rows_per_step=settings.rows_per_step,
-        micro_batch_rows=settings.rows_per_step,
+        max_steps=suite.max_steps,
+        rows_per_step=suite.rows_per_step,
+        micro_batch_rows=suite.rows_per_step,
     )
     bench = Bench(ground, blocks_of(base), evaluation, train)
     return bench, measured(base.model, evaluation), base.digest

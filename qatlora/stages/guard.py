@@ -1,7 +1,5 @@
 """The stage `guard`: the candidate read back as a model of its own, before all gates."""
 
-import torch
-
 from qatlora import progress
 from qatlora.base.from_gguf import model_from_gguf, packed_model_from_gguf
 from qatlora.base.layout import plain_config
@@ -33,7 +31,7 @@ def guard(state: Run) -> None:
     if not cfg.evaluate.hold_weights:
         state.adapted.model.to("cpu")  # the file takes its place on the device
     config = plain_config(state.source.folder)
-    merged = read_back(candidate.path, config, torch.bfloat16).to(state.device).eval()
+    merged = read_back(candidate.path, config, state.dtype).to(state.device).eval()
     roundtrip = state.measure("merged", merged, against="trained")
     del merged
     gates += before_after_gates(self_kld, roundtrip, cfg.guard)
