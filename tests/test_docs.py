@@ -17,7 +17,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"-m qatlora (?!-h|--help)(.*)")
-_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+_LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _MESSAGE = re.compile(r"^### `(.+)`$", re.MULTILINE)
 
 
@@ -42,10 +43,18 @@ def test_every_recipe_is_documented() -> None:
     assert not missing
 
 
-def test_every_link_leads_to_a_file() -> None:
+def test_every_link_leads_to_a_file_and_its_heading() -> None:
     for page in PAGES:
-        for target in _LINK.findall(page.read_text("utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in _LINK.findall(page.read_text("utf-8")):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+    headings = _HEADING.findall(page.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +83,7 @@ def test_the_made_pages_show_the_values_that_hydra_composes(recipe: str) -> None
 
 def test_the_index_leads_to_every_page() -> None:
     links = _LINK.findall((DOCS / "README.md").read_text("utf-8"))
-    linked = {(DOCS / target).resolve() for target in links} | {DOCS / "README.md"}
+    linked = {(DOCS / target).resolve() for target, _ in links} | {DOCS / "README.md"}
     missing = [page for page in PAGES if not {page, page.parent} & linked]
     assert not missing, "give them a line in docs/README.md"
 
