@@ -190,7 +190,7 @@ def footprint(shape: ModelShape, job: Job) -> Footprint:
         activations=job.tokens * kept_per_token * job.value_bytes / BF16_BYTES,
         blocks=_block_bytes(shape, job),
         loss=_loss_bytes(shape, job),
-        teacher=shape.num_parameters * BF16_BYTES if job.teacher == "memory" else 0.0,
+        teacher=shape.num_parameters * job.value_bytes if job.teacher == "memory" else 0.0,
         head=shape.num_head_weights * job.value_bytes if job.teacher != "none" else 0.0,
         workspace=workspace,
         held=shape.num_grid_weights * job.value_bytes if job.holds_weights else 0.0,

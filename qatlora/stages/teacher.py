@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from qatlora.adapters.attach import AdaptedModel
@@ -112,7 +111,7 @@ def load_teacher(state: Run) -> None:
     settings = state.cfg.teacher
     if settings.kind is TeacherKind.bf16:
         folder = teacher_source(state.source, settings.path).folder
-        state.teacher = load_plain(folder, state.device, torch.bfloat16)
+        state.teacher = load_plain(folder, state.device, state.dtype)
     if settings.kind is TeacherKind.self:
         require_own_values(state.base)
 

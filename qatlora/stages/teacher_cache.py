@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from qatlora.base.digests import digest_of_tensors
@@ -106,7 +105,7 @@ def _add_missing(state: Run, folder: Path, rows: dict[bytes, Row]) -> list[bytes
     new_texts = [text for text in texts if text_key(text.rows) not in cache.index.texts]
     if not missing and not new_texts:
         return []
-    model = load_plain(source.folder, state.device, torch.bfloat16)
+    model = load_plain(source.folder, state.device, state.dtype)
     settings = state.evaluation.settings
     total = sum(row.num_scored_tokens for text in new_texts for row in text.rows)
     total += sum(rows[key].num_scored_tokens for key in missing)

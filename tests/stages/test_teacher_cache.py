@@ -263,14 +263,18 @@ def test_the_base_is_its_own_teacher_to_the_last_digit_where_it_keeps_bf16(runs:
     assert own.texts == online.texts
 
 
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
 def test_a_packed_base_on_its_grid_is_its_own_teacher(
-    on_grid_base: Path, files: dict[str, Path], tmp_path: Path
+    precision: Precision, on_grid_base: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     runs = Runs(on_grid_base, files, tmp_path)
-    changes = {"export__other_type": OtherType.bf16}
+    changes = {"export__other_type": OtherType.bf16, "train__precision": precision}
     online = runs.train(**changes)
     own = runs.train(teacher__kind=TeacherKind.self, **changes)
-    assert losses(own) == losses(online)
+    if precision is Precision.bf16:
+        assert losses(own) == losses(online)
+    else:  # the checkpoint holds step * level rounded to bf16, and every step widens the difference
+        assert losses(own)[0] == pytest.approx(losses(online)[0], rel=2e-6)
     kld = own.texts["general"]["base"].kld
     assert kld is not None
     assert kld.mean == 0
