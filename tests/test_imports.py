@@ -63,6 +63,7 @@ MAY_IMPORT = {
     },
     "benchmark": {
         "config",
+        "interrupts",
         "grid",
         "base",
         "export",

@@ -130,14 +130,26 @@ class TableRows:
     def scan(self) -> Iterator[tuple[Place, int, Any]]:
         """See `Records`."""
         for first in range(0, len(self._rows), _ROWS_PER_BATCH):
-            batch = self._rows[first : first + _ROWS_PER_BATCH].to_pylist()
-            for index, row in enumerate(batch, first):
+            last = min(first + _ROWS_PER_BATCH, len(self._rows))
+            for index, row in enumerate(self._decoded(first, last), first):
                 yield Place(self.name, "row", index + 1), index, _without_nulls(row)
 
     def read(self, key: int, place: Place) -> Any:
         """See `Records`."""
-        [row] = self._rows[key : key + 1].to_pylist()
+        [row] = self._decoded(key, key + 1)
         return _without_nulls(row)
+
+    def _decoded(self, first: int, last: int) -> list[Any]:
+        try:
+            rows: list[Any] = self._rows[first:last].to_pylist()
+        except ValueError as error:  # Arrow looks into a text no earlier than here
+            if last - first > 1:
+                return [self._decoded(index, index + 1)[0] for index in range(first, last)]
+            Place(self.name, "row", first + 1).refuse(
+                f"it cannot be decoded ({shortened(str(error))})",
+                "The table is damaged: take a whole copy, or remove the row.",
+            )
+        return rows
 
 
 def open_records(path: Path, kind: DataKind) -> Records:

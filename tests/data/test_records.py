@@ -139,3 +139,12 @@ def test_without_a_network_the_hub_is_named_and_a_way_around_it(monkeypatch):
         open_hub("nobody/nothing", "train")
     assert "data=files data.path=FILE.parquet" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_text_that_is_not_utf8_names_its_row(tmp_path):
+    texts = [b"fine", b"also", b"\xf5 damaged", b"fine"]
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"instruction": column, "output": ["answer"] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
+    with pytest.raises(DataError, match=r"table\.parquet, row 3: it cannot be decoded.*damaged"):
+        chats_of(tmp_path / "table.parquet")
